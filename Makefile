@@ -1,0 +1,69 @@
+# Set-up, checks and runs. `make run` and `make test` install what they need into .venv first.
+
+PYTHON ?= python3
+# Installed before anything that depends on it. To choose a build: make run TORCH='torch==2.13.0 --index-url …'
+TORCH ?= torch==2.13.0
+# Launcher flags: make run ARGS='--model-id /models/my-model --port 8080'
+ARGS ?=
+
+BIN := .venv/bin
+TGI_CLIENT := .venv-tgi-client
+# The folder `kernels/` must never be imported as Hugging Face's package of that name.
+export PYTHONSAFEPATH := 1
+
+.PHONY: install install-dev run test integration-tests soak check format format-check lint types bench demo-model clean
+
+install: .venv/.installed
+install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
+
+.venv/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+.venv/.installed-dev: .venv/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	touch $@
+
+# TGI's own client needs an older huggingface_hub than we do: it gets an environment of its own.
+$(TGI_CLIENT)/.installed:
+	$(PYTHON) -m venv $(TGI_CLIENT)
+	$(TGI_CLIENT)/bin/python -m pip install --quiet --disable-pip-version-check 'text-generation==0.7.0'
+	touch $@
+
+run: install
+	$(BIN)/text-generation-launcher $(ARGS)
+
+test: install-dev
+	$(BIN)/python -m pytest -q router/tests shard/tests kernels/tests integration-tests
+
+integration-tests: install-dev
+	$(BIN)/python -m pytest -q integration-tests
+
+soak: install-dev
+	BROS_SOAK_REQUESTS=10000 $(BIN)/python -m pytest -q -s integration-tests/test_soak.py
+
+check: format-check lint types
+
+format: install-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+format-check: install-dev
+	$(BIN)/ruff format --check .
+
+lint: install-dev
+	$(BIN)/ruff check .
+
+types: install-dev
+	$(BIN)/mypy
+
+bench: install-dev
+	$(BIN)/python -m benchmarks.serving
+
+demo-model: install
+	$(BIN)/python -m bros_shard.demo_model.train
+
+clean:
+	rm -rf .venv $(TGI_CLIENT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

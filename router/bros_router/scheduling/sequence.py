@@ -1,0 +1,76 @@
+"""What is scheduled: one sequence, its tokens and how far they have come."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from bros_router.request import RequestClass
+from bros_shard.protocol import SamplingParams
+
+
+class SequenceState(Enum):
+    """Where a sequence stands. `FINISHED` is entered once and never left."""
+
+    WAITING = "waiting"  # new, or preempted: owns no KV
+    RUNNING = "running"  # owns KV
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sequence of tokens on its way to its last one. Mutated by the `Scheduler` alone.
+
+    There are no phases. Some tokens are known, some of these are computed (their keys and values are in the
+    KV region), and each step computes a few more; when a step computes the last known token, the rank samples
+    the next. Prefill, chunked prefill, decode and recomputation after a preemption are all this:
+
+        |<------------ num_known_tokens ------------->|
+        | prompt ......... | output ...... | in flight |      in flight: sampled by a step not committed yet
+        |<--- num_computed_tokens --->|<-- pending --->|
+
+    `num_computed_tokens` runs ahead of the ranks: it counts what every step planned so far will have computed.
+    """
+
+    sequence_id: int
+    request_class: RequestClass
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    max_new_tokens: int
+    #: Tokens that end the sequence; empty where the request asked to ignore them.
+    eos_token_ids: frozenset[int]
+    arrival_s: float
+
+    state: SequenceState = SequenceState.WAITING
+    output_token_ids: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_in_flight_tokens: int = 0
+    #: Time the first step with this sequence was planned; `None` until then.
+    first_scheduled_s: float | None = None
+    #: Whether the ranks hold its tokens: it goes whole into the first plan, and must be released.
+    is_on_ranks: bool = False
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.prompt_token_ids)
+
+    @property
+    def max_total_tokens(self) -> int:
+        """Most tokens the sequence will ever have, the last one included, which is never computed."""
+        return self.num_prompt_tokens + self.max_new_tokens
+
+    @property
+    def num_known_tokens(self) -> int:
+        """Tokens that the ranks will know once every planned step has run."""
+        return self.num_prompt_tokens + len(self.output_token_ids) + self.num_in_flight_tokens
+
+    @property
+    def num_pending_tokens(self) -> int:
+        """Tokens still to compute before the next one can be sampled; 0 once the last one is in flight."""
+        return min(self.num_known_tokens, self.max_total_tokens - 1) - self.num_computed_tokens
+
+    def known_token_ids(self) -> list[int]:
+        """Prompt and committed output: what a rank that never saw the sequence must be told."""
+        assert self.num_in_flight_tokens == 0, "a token in flight is known to the ranks alone"
+        return [*self.prompt_token_ids, *self.output_token_ids]

@@ -1,0 +1,297 @@
+"""Everything that crosses the border between the router and the ranks, and the check that it is well formed.
+
+MessagePack over ZeroMQ, one message a frame. Each message is a tagged array `[tag, generation, ...]` whose
+fields carry their bounds, so a frame that decodes is a frame that may be used. Nothing here is executable:
+no pickle, no class names, no callables. Torch-free: the router imports this module.
+
+The router binds one ROUTER socket; each rank connects DEALER sockets whose identity says who is speaking
+(`Identity`). Every message repeats the generation of the tensor-parallel group: a group that was restarted has
+a new one, and frames of an older one are dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Annotated, Final, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+PROTOCOL_VERSION: Final = 1
+#: No honest frame comes near this: a prompt of a million tokens is 5 MB.
+MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
+
+Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+Positive: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+Counter: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
+Bytes: TypeAlias = Annotated[int, Meta(ge=0, le=2**53)]
+Rank: TypeAlias = Annotated[int, Meta(ge=0, le=1023)]
+TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+#: Signed entry of a block table; see `bros_shard.block_layout`.
+Entry: TypeAlias = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
+#: MessagePack carries infinities; the upper bound keeps them, and NaN, out.
+Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e9)]
+Name: TypeAlias = Annotated[str, Meta(max_length=1024)]
+Reason: TypeAlias = Annotated[str, Meta(max_length=65536)]
+
+
+class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What every frame begins with, after its tag."""
+
+    generation: Count
+
+
+class Part(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A value inside a message."""
+
+
+# --- router -> ranks ---------------------------------------------------------------------------------------
+
+
+class SamplingParams(Part):
+    """How the next token of one sequence is chosen. The defaults are neutral: greedy, nothing applied.
+
+    The stages run in TGI's order: repetition penalty, frequency penalty, temperature, top-k, top-p, typical-p.
+    """
+
+    do_sample: bool = False
+    temperature: Annotated[float, Meta(gt=0.0, le=1e6)] = 1.0
+    top_k: Count = 0  # 0: off
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # 1.0: off
+    typical_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0  # 1.0: off
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=1e6)] = 1.0  # 1.0: off
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0  # 0.0: off
+    #: Key of the counter-based generator; any unsigned 64-bit value. Unused when greedy.
+    seed: Annotated[int, Meta(ge=0)] = 0
+
+
+class NewSequence(Part):
+    """A sequence the ranks have not seen: every token known so far, and how to choose the next."""
+
+    sequence_id: Counter
+    #: Prompt, then (after a restart) what was generated before. Never empty.
+    token_ids: Annotated[list[TokenId], Meta(min_length=1, max_length=2**22)]
+    #: How many tokens the sequence may ever hold, `token_ids` included.
+    max_total_tokens: Positive
+    sampling: SamplingParams
+
+
+class SequenceStep(Part):
+    """One sequence's share of a step: run tokens [num_computed_tokens, num_computed_tokens + num_tokens).
+
+    The block table travels as a difference: entries from `first_changed_index` on are replaced by `entries`.
+    The rank samples a next token if and only if the run ends at the last token that the rank knows.
+    """
+
+    sequence_id: Counter
+    num_computed_tokens: Count
+    num_tokens: Positive
+    first_changed_index: Count
+    entries: Annotated[list[Entry], Meta(max_length=2**20)]
+
+
+class TailMove(Part):
+    """Copy the first `num_tokens` logical tokens of one block-table entry's block to another's, in every layer."""
+
+    source_entry: Entry
+    destination_entry: Entry
+    num_tokens: Positive
+
+
+class HostCopy(Part):
+    """Copy the first `num_tokens` logical tokens between an entry's block and a block of the host pool.
+
+    Host blocks hold tokens in logical order, so what left a reversed block may return to a forward one.
+    """
+
+    entry: Entry
+    host_block: Count
+    num_tokens: Positive
+
+
+class StepPlan(Message, tag="plan"):
+    """One step, as the scheduler planned it. Every rank of a group receives the same plans in the same order.
+
+    Executed in this order: releases, new sequences, host copies out, tail moves, host copies in, forward pass.
+    """
+
+    step_id: Counter
+    sequences: Annotated[list[SequenceStep], Meta(max_length=65536)] = field(default_factory=list)
+    new_sequences: Annotated[list[NewSequence], Meta(max_length=65536)] = field(default_factory=list)
+    #: Sequences that ended: their tokens and penalty state may be forgotten.
+    releases: Annotated[list[Counter], Meta(max_length=2**20)] = field(default_factory=list)
+    copies_out: Annotated[list[HostCopy], Meta(max_length=2**20)] = field(default_factory=list)
+    tail_moves: Annotated[list[TailMove], Meta(max_length=2**20)] = field(default_factory=list)
+    copies_in: Annotated[list[HostCopy], Meta(max_length=2**20)] = field(default_factory=list)
+
+
+class Shutdown(Message, tag="shutdown"):
+    """Router to ranks: end now, with exit status 0."""
+
+
+# --- ranks -> router ---------------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="hello"):
+    """A rank has loaded its slice, owns its KV region and is ready for step 0."""
+
+    protocol_version: Count
+    rank: Rank
+    world_size: Annotated[int, Meta(ge=1, le=1024)]
+    model_id: Name
+    model_sha: Name | None
+    dtype: Name
+    #: Name of the device, as TGI's `x-compute-type` shows it.
+    device: Name
+    vocab_size: Positive
+    #: Most tokens a sequence of this model may hold.
+    max_length: Positive
+    num_blocks: Positive
+    block_size: Positive
+    num_host_blocks: Count
+    #: Bytes of one block, all layers, keys and values, on this rank.
+    block_bytes: Bytes
+
+
+class StepShape(Part):
+    """The features of a step that its time depends on."""
+
+    num_prefill_tokens: Count
+    num_decode_sequences: Count
+    #: Sum over prefill chunks of chunk * (past + chunk / 2): the attention work of prefill.
+    prefill_attention: Annotated[float, Meta(ge=0.0, le=1e18)]
+    #: Sum of the decode sequences' context lengths.
+    decode_context_tokens: Count
+
+
+class Profile(Message, tag="profile"):
+    """Rank 0 measured these steps while warming up: (shape, seconds) pairs."""
+
+    points: Annotated[list[tuple[StepShape, Seconds]], Meta(max_length=4096)]
+
+
+class SequenceResult(Part):
+    """What a step gave one sequence: a token, or a fault, or neither (a chunk that did not end the prompt)."""
+
+    sequence_id: Counter
+    token_id: TokenId | None = None
+    #: log-softmax of the processed logits at `token_id`; `None` where that is not finite.
+    logprob: Annotated[float, Meta(ge=-1e30, le=1e30)] | None = None
+    fault: Reason | None = None
+
+
+class StepResult(Message, tag="result"):
+    """Rank 0 finished the step."""
+
+    step_id: Counter
+    sequences: Annotated[list[SequenceResult], Meta(max_length=65536)]
+    forward_s: Seconds
+    sampling_s: Seconds
+    #: Everything: from the plan's arrival on the rank to this result.
+    step_s: Seconds
+    #: From the previous step's result to this plan's arrival: the rank had nothing to do.
+    idle_s: Seconds
+
+
+class Heartbeat(Message, tag="heartbeat"):
+    """The rank's process lives, and this is how far its steps have come."""
+
+    #: Steps finished so far; step `num_finished_steps` is the next or the one that runs.
+    num_finished_steps: Counter
+    #: Time since the last step finished (or since the rank became ready).
+    last_finished_age_s: Seconds
+    is_step_running: bool
+    resident_bytes: Bytes
+
+
+class Progress(Message, tag="progress"):
+    """How far start-up has come."""
+
+    phase: Annotated[str, Meta(pattern="^(loading|warming)$")]
+    num_done: Bytes
+    num_total: Bytes
+
+
+class Drain(Message, tag="drain"):
+    """The rank was asked to end (SIGTERM from outside): finish what runs, then send `Shutdown`."""
+
+
+class Fault(Message, tag="fault"):
+    """The rank cannot go on: bad frame, gap in the steps, error in a step. The whole group is restarted."""
+
+    reason: Reason
+
+
+FromRouter: TypeAlias = StepPlan | Shutdown
+FromRank: TypeAlias = Hello | Profile | StepResult | Heartbeat | Progress | Drain | Fault
+
+_encoder = msgspec.msgpack.Encoder()
+_from_router_decoder = msgspec.msgpack.Decoder(FromRouter)
+_from_rank_decoder = msgspec.msgpack.Decoder(FromRank)
+
+
+class FrameError(Exception):
+    """A frame is not a message of this protocol."""
+
+
+def encode(message: Message) -> bytes:
+    """One frame. Bounds are checked by the receiver."""
+    return _encoder.encode(message)
+
+
+def decode_from_router(frame: bytes | memoryview) -> FromRouter:
+    """What the router said.
+
+    Raises:
+        FrameError: the frame is too large, not MessagePack, or not a message that a router sends.
+    """
+    return _decode(_from_router_decoder, frame)
+
+
+def decode_from_rank(frame: bytes | memoryview) -> FromRank:
+    """What a rank said.
+
+    Raises:
+        FrameError: the frame is too large, not MessagePack, or not a message that a rank sends.
+    """
+    return _decode(_from_rank_decoder, frame)
+
+
+def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes | memoryview):  # type: ignore[no-untyped-def, type-arg]
+    if len(frame) > MAX_FRAME_BYTES:
+        raise FrameError(f"frame of {len(frame)} bytes")
+    try:
+        return decoder.decode(frame)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise FrameError(str(error)) from None
+
+
+_IDENTITY = re.compile(rb"([a-z0-9-]{1,32})/([0-9]{1,4})/([0-9]{1,9})/(steps|heartbeat)")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who is at the other end of a DEALER socket: `group/rank/generation/channel`.
+
+    A rank speaks on two sockets, since a socket belongs to one thread: `steps` for the thread that runs them,
+    `heartbeat` for the thread that no forward pass can hold up.
+    """
+
+    group: str
+    rank: int
+    generation: int
+    channel: str = "steps"
+
+    def encode(self) -> bytes:
+        """The identity as ZeroMQ carries it."""
+        return f"{self.group}/{self.rank}/{self.generation}/{self.channel}".encode()
+
+    @classmethod
+    def decode(cls, identity: bytes) -> Identity:
+        """Raises `FrameError` where the bytes are not an identity."""
+        match = _IDENTITY.fullmatch(identity)
+        if match is None:
+            raise FrameError("unknown identity")
+        group, rank, generation, channel = match.groups()
+        return cls(group.decode(), int(rank), int(generation), channel.decode())
