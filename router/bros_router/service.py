@@ -16,8 +16,9 @@ class Phase(str, Enum):
     LOADING = "loading"  # ranks read weights
     WARMING = "warming"  # ranks measure themselves
     READY = "ready"
+    RESTARTING = "restarting"  # a rank failed: all are replaced, accepted requests wait and go on
+    FAILED = "failed"  # they fail again and again: nobody waits any more, restarts go on
     DRAINING = "draining"  # SIGTERM: finish what runs, accept nothing
-    FAILED = "failed"  # the ranks are gone
 
 
 @dataclass(frozen=True, slots=True)

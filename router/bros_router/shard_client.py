@@ -51,6 +51,24 @@ class GroupInfo:
     profile: Profile
 
 
+class _GenerationState:
+    """What is known of one set of rank processes."""
+
+    def __init__(self, world_size: int) -> None:
+        self.failure: str | None = None
+        self.hellos: dict[int, Hello] = {}
+        self.profile: Profile | None = None
+        self.last_heard_s = dict.fromkeys(range(world_size), time.monotonic())
+        #: Results that are awaited, by step.
+        self.due: dict[int, asyncio.Future[StepResult]] = {}
+        self.ready: asyncio.Future[GroupInfo] = _quiet_future()
+
+    @property
+    def silence_s(self) -> float:
+        """Time since the rank that has been silent for longest was heard of."""
+        return time.monotonic() - min(self.last_heard_s.values())
+
+
 class ShardGroup:
     """One tensor-parallel group, one failure unit: what befalls a rank befalls all of them.
 
@@ -89,27 +107,28 @@ class ShardGroup:
         # A restarted rank may reconnect under an identity that the socket still knows.
         self._socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
         self._socket.bind(endpoint)
+        self._state = _GenerationState(world_size)
         self._receiver = asyncio.create_task(self._receive_frames(), name="shard frames")
-        self._reset()
 
     def start(self) -> int:
         """Begin a new generation, which no rank has joined yet, and return its number."""
         self.generation += 1
-        self._reset()
+        self._state = _GenerationState(self._world_size)
         return self.generation
 
     def fail(self, reason: str) -> None:
         """The generation is over: whoever waits for it gets `ShardError`. Only the first reason counts."""
-        if self._failure is None:
-            self._failure = reason
-            for future in (self._ready, *self._due.values()):
+        if self._state.failure is None:
+            self._state.failure = reason
+            futures: list[asyncio.Future[Any]] = [self._state.ready, *self._state.due.values()]
+            for future in futures:
                 if not future.done():
                     future.set_exception(ShardError(reason))
 
     @property
     def is_alive(self) -> bool:
         """Whether the ranks are ready, have not failed and have been heard of lately."""
-        return self._ready.done() and self._failure is None and self._silence_s() < SILENCE_LIMIT_S
+        return self._state.ready.done() and self._state.failure is None and self._state.silence_s < SILENCE_LIMIT_S
 
     async def ready(self) -> GroupInfo:
         """Wait until every rank is ready.
@@ -117,7 +136,7 @@ class ShardGroup:
         Raises:
             ShardError: the generation failed first, or its ranks disagree.
         """
-        return await self._ready
+        return await self._state.ready
 
     async def send(self, plan: StepPlan) -> None:
         """Send one plan to every rank.
@@ -126,7 +145,7 @@ class ShardGroup:
             ShardError: the generation has failed, or a rank is gone.
         """
         assert plan.generation == self.generation
-        self._due[plan.step_id] = _quiet_future()
+        self._state.due[plan.step_id] = _quiet_future()
         await self._broadcast(plan)
 
     async def result(self, step_id: int) -> StepResult:
@@ -136,9 +155,9 @@ class ShardGroup:
             ShardError: the generation failed first.
         """
         try:
-            return await self._due[step_id]
+            return await self._state.due[step_id]
         finally:
-            del self._due[step_id]
+            del self._state.due[step_id]
 
     async def shut_down(self) -> None:
         """Tell the ranks to end. Those that are gone already are no error."""
@@ -157,23 +176,12 @@ class ShardGroup:
 
     def check_silence(self) -> None:
         """Fail the generation if a rank has been silent for too long. Called once in a while."""
-        if self._failure is None and self._ready.done() and self._silence_s() >= SILENCE_LIMIT_S:
+        if self._state.failure is None and self._state.ready.done() and self._state.silence_s >= SILENCE_LIMIT_S:
             self.fail(f"a rank has been silent for {SILENCE_LIMIT_S:g} s")
 
-    def _reset(self) -> None:
-        self._failure: str | None = None
-        self._hellos: dict[int, Hello] = {}
-        self._profile: Profile | None = None
-        self._last_heard_s = dict.fromkeys(range(self._world_size), time.monotonic())
-        self._due: dict[int, asyncio.Future[StepResult]] = {}
-        self._ready: asyncio.Future[GroupInfo] = _quiet_future()
-
-    def _silence_s(self) -> float:
-        return time.monotonic() - min(self._last_heard_s.values())
-
     async def _broadcast(self, message: FromRouter) -> None:
-        if self._failure is not None:
-            raise ShardError(self._failure)
+        if self._state.failure is not None:
+            raise ShardError(self._state.failure)
         frame = encode(message)
         for rank in range(self._world_size):
             identity = Identity(self._name, rank, self.generation).encode()
@@ -202,13 +210,13 @@ class ShardGroup:
             if message.generation != self.generation:
                 self._drop("stale", f"generation {message.generation}")
                 continue
-            self._last_heard_s[identity.rank] = time.monotonic()
+            self._state.last_heard_s[identity.rank] = time.monotonic()
             self._handle(identity.rank, message)
 
     def _handle(self, rank: int, message: FromRank) -> None:
         match message:
             case StepResult():
-                future = self._due.get(message.step_id)
+                future = self._state.due.get(message.step_id)
                 if rank != 0 or future is None or future.done():
                     self._drop("unexpected", f"result of step {message.step_id} from rank {rank}")
                 else:
@@ -219,7 +227,7 @@ class ShardGroup:
                 if rank == 0:
                     self._on_progress(message)
             case Profile():
-                self._profile = message
+                self._state.profile = message
             case Hello():
                 self._handle_hello(rank, message)
             case Drain():
@@ -231,16 +239,16 @@ class ShardGroup:
         if hello.protocol_version != PROTOCOL_VERSION or hello.rank != rank or hello.world_size != self._world_size:
             self.fail(f"rank {rank} does not belong to this group")
             return
-        self._hellos[rank] = hello
-        if len(self._hellos) < self._world_size or self._ready.done():
+        self._state.hellos[rank] = hello
+        if len(self._state.hellos) < self._world_size or self._state.ready.done():
             return
-        first = self._hellos[0]
-        facts = {(h.model_id, h.model_sha, h.dtype, h.vocab_size, h.max_length) for h in self._hellos.values()}
-        sizes = {(h.num_blocks, h.block_size, h.num_host_blocks) for h in self._hellos.values()}
-        if len(facts) > 1 or len(sizes) > 1 or self._profile is None:
+        first = self._state.hellos[0]
+        facts = {(h.model_id, h.model_sha, h.dtype, h.vocab_size, h.max_length) for h in self._state.hellos.values()}
+        sizes = {(h.num_blocks, h.block_size, h.num_host_blocks) for h in self._state.hellos.values()}
+        if len(facts) > 1 or len(sizes) > 1 or self._state.profile is None:
             self.fail("the ranks disagree about the model or the KV region")
             return
-        self._ready.set_result(GroupInfo(first, self._profile))
+        self._state.ready.set_result(GroupInfo(first, self._state.profile))
 
     def _drop(self, kind: str, detail: str) -> None:
         self._on_dropped_frame(kind)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Annotated, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -49,7 +49,7 @@ class Part(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 # --- router -> ranks ---------------------------------------------------------------------------------------
 
 
-class SamplingParams(Part):
+class SamplingParams(Part, frozen=True):
     """How the next token of one sequence is chosen. The defaults are neutral: greedy, nothing applied.
 
     The stages run in TGI's order: repetition penalty, frequency penalty, temperature, top-k, top-p, typical-p.
@@ -66,7 +66,7 @@ class SamplingParams(Part):
     seed: Annotated[int, Meta(ge=0)] = 0
 
 
-class NewSequence(Part):
+class NewSequence(Part, frozen=True):
     """A sequence the ranks have not seen: every token known so far, and how to choose the next."""
 
     sequence_id: Counter
@@ -77,7 +77,7 @@ class NewSequence(Part):
     sampling: SamplingParams
 
 
-class SequenceStep(Part):
+class SequenceStep(Part, frozen=True):
     """One sequence's share of a step: run tokens [num_computed_tokens, num_computed_tokens + num_tokens).
 
     The block table travels as a difference: entries from `first_changed_index` on are replaced by `entries`.
@@ -91,7 +91,7 @@ class SequenceStep(Part):
     entries: Annotated[list[Entry], Meta(max_length=2**20)]
 
 
-class TailMove(Part):
+class TailMove(Part, frozen=True):
     """Copy the first `num_tokens` logical tokens of one block-table entry's block to another's, in every layer."""
 
     source_entry: Entry
@@ -99,7 +99,7 @@ class TailMove(Part):
     num_tokens: Positive
 
 
-class HostCopy(Part):
+class HostCopy(Part, frozen=True):
     """Copy the first `num_tokens` logical tokens between an entry's block and a block of the host pool.
 
     Host blocks hold tokens in logical order, so what left a reversed block may return to a forward one.
@@ -110,7 +110,7 @@ class HostCopy(Part):
     num_tokens: Positive
 
 
-class StepPlan(Message, tag="plan"):
+class StepPlan(Message, frozen=True, tag="plan"):
     """One step, as the scheduler planned it. Every rank of a group receives the same plans in the same order.
 
     Executed in this order: releases, new sequences, host copies out, tail moves, host copies in, forward pass.
@@ -126,14 +126,14 @@ class StepPlan(Message, tag="plan"):
     copies_in: Annotated[list[HostCopy], Meta(max_length=2**20)] = field(default_factory=list)
 
 
-class Shutdown(Message, tag="shutdown"):
+class Shutdown(Message, frozen=True, tag="shutdown"):
     """Router to ranks: end now, with exit status 0."""
 
 
 # --- ranks -> router ---------------------------------------------------------------------------------------
 
 
-class Hello(Message, tag="hello"):
+class Hello(Message, frozen=True, tag="hello"):
     """A rank has loaded its slice, owns its KV region and is ready for step 0."""
 
     protocol_version: Count
@@ -154,7 +154,7 @@ class Hello(Message, tag="hello"):
     block_bytes: Bytes
 
 
-class StepShape(Part):
+class StepShape(Part, frozen=True):
     """The features of a step that its time depends on."""
 
     num_prefill_tokens: Count
@@ -165,13 +165,13 @@ class StepShape(Part):
     decode_context_tokens: Count
 
 
-class Profile(Message, tag="profile"):
+class Profile(Message, frozen=True, tag="profile"):
     """Rank 0 measured these steps while warming up: (shape, seconds) pairs."""
 
     points: Annotated[list[tuple[StepShape, Seconds]], Meta(max_length=4096)]
 
 
-class SequenceResult(Part):
+class SequenceResult(Part, frozen=True):
     """What a step gave one sequence: a token, or a fault, or neither (a chunk that did not end the prompt)."""
 
     sequence_id: Counter
@@ -181,7 +181,7 @@ class SequenceResult(Part):
     fault: Reason | None = None
 
 
-class StepResult(Message, tag="result"):
+class StepResult(Message, frozen=True, tag="result"):
     """Rank 0 finished the step."""
 
     step_id: Counter
@@ -194,7 +194,7 @@ class StepResult(Message, tag="result"):
     idle_s: Seconds
 
 
-class Heartbeat(Message, tag="heartbeat"):
+class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """The rank's process lives, and this is how far its steps have come."""
 
     #: Steps finished so far; step `num_finished_steps` is the next or the one that runs.
@@ -205,7 +205,7 @@ class Heartbeat(Message, tag="heartbeat"):
     resident_bytes: Bytes
 
 
-class Progress(Message, tag="progress"):
+class Progress(Message, frozen=True, tag="progress"):
     """How far start-up has come."""
 
     phase: Annotated[str, Meta(pattern="^(loading|warming)$")]
@@ -213,11 +213,11 @@ class Progress(Message, tag="progress"):
     num_total: Bytes
 
 
-class Drain(Message, tag="drain"):
+class Drain(Message, frozen=True, tag="drain"):
     """The rank was asked to end (SIGTERM from outside): finish what runs, then send `Shutdown`."""
 
 
-class Fault(Message, tag="fault"):
+class Fault(Message, frozen=True, tag="fault"):
     """The rank cannot go on: bad frame, gap in the steps, error in a step. The whole group is restarted."""
 
     reason: Reason
@@ -226,9 +226,11 @@ class Fault(Message, tag="fault"):
 FromRouter: TypeAlias = StepPlan | Shutdown
 FromRank: TypeAlias = Hello | Profile | StepResult | Heartbeat | Progress | Drain | Fault
 
+T = TypeVar("T")
+
 _encoder = msgspec.msgpack.Encoder()
-_from_router_decoder = msgspec.msgpack.Decoder(FromRouter)
-_from_rank_decoder = msgspec.msgpack.Decoder(FromRank)
+_from_router_decoder: msgspec.msgpack.Decoder[FromRouter] = msgspec.msgpack.Decoder(FromRouter)
+_from_rank_decoder: msgspec.msgpack.Decoder[FromRank] = msgspec.msgpack.Decoder(FromRank)
 
 
 class FrameError(Exception):
@@ -258,7 +260,7 @@ def decode_from_rank(frame: bytes | memoryview) -> FromRank:
     return _decode(_from_rank_decoder, frame)
 
 
-def _decode(decoder: msgspec.msgpack.Decoder, frame: bytes | memoryview):  # type: ignore[no-untyped-def, type-arg]
+def _decode(decoder: msgspec.msgpack.Decoder[T], frame: bytes | memoryview) -> T:
     if len(frame) > MAX_FRAME_BYTES:
         raise FrameError(f"frame of {len(frame)} bytes")
     try:

@@ -85,6 +85,11 @@ class Scheduler:
         return len(self._running)
 
     @property
+    def max_running_tokens(self) -> int:
+        """Tokens that the running sequences may grow to, all together."""
+        return sum(sequence.max_total_tokens for sequence in self._running.values())
+
+    @property
     def num_steps_in_flight(self) -> int:
         """Steps planned and not committed."""
         return len(self._in_flight)

@@ -1,0 +1,70 @@
+"""Sends streaming requests to a server and records when each token came."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+
+import aiohttp
+import numpy as np
+
+from benchmarks.checkpoint import prompt_of
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """One request: when it was sent and when each of its tokens came, in seconds of `time.perf_counter`."""
+
+    sent_s: float
+    token_s: list[float]
+
+    @property
+    def ttft_s(self) -> float:
+        """Time to the first token."""
+        return self.token_s[0] - self.sent_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time of each later token."""
+        return (self.token_s[-1] - self.token_s[0]) / max(1, len(self.token_s) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a round of requests, all sent at once, took."""
+
+    timelines: list[Timeline]
+    seconds: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Output tokens a second, prefill included."""
+        return sum(len(timeline.token_s) for timeline in self.timelines) / self.seconds
+
+    def percentile_ms(self, metric: str, percent: float) -> float:
+        """A percentile of `ttft_s` or `tpot_s` over the requests, in ms."""
+        return 1000 * float(np.percentile([getattr(timeline, metric) for timeline in self.timelines], percent))
+
+
+async def send_all(url: str, prompts: list[list[int]], num_new_tokens: int) -> Load:
+    """Send every prompt at the same time and wait for the last token of each."""
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
+        start_s = time.perf_counter()
+        timelines = await asyncio.gather(*(_stream(session, url, prompt, num_new_tokens) for prompt in prompts))
+        return Load(timelines, time.perf_counter() - start_s)
+
+
+async def _stream(session: aiohttp.ClientSession, url: str, prompt: list[int], num_new_tokens: int) -> Timeline:
+    parameters = {"max_new_tokens": num_new_tokens, "ignore_eos": True}
+    sent_s = time.perf_counter()
+    token_s = []
+    async with session.post(
+        f"{url}/generate_stream", json={"inputs": prompt_of(prompt), "parameters": parameters}
+    ) as response:
+        async for line in response.content:
+            if line.startswith(b"data: "):
+                token_s.append(time.perf_counter())
+    if len(token_s) != num_new_tokens:
+        raise RuntimeError(f"{len(token_s)} of {num_new_tokens} tokens came: {line.decode()}")
+    return Timeline(sent_s, token_s)

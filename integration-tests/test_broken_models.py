@@ -1,0 +1,109 @@
+"""Models and flags that cannot be served: refused before serving, in one line, with an exit status by class."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from bros_router.model_source import demo_model_path
+from bros_shard.exit_codes import ExitCode
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A copy of the demo model to break."""
+    path = tmp_path / "model"
+    path.mkdir()
+    for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copy(demo_model_path() / name, path / name)
+    return path
+
+
+def truncate_weights(model: Path) -> None:
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def lie_about_the_header(model: Path) -> None:
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[:8] = (2**60).to_bytes(8, "little")
+    (model / "model.safetensors").write_bytes(weights)
+
+
+def remove_a_tensor(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    del tensors["model.layers.0.mlp.up_proj.weight"]
+    save_file(tensors, model / "model.safetensors")
+
+
+def reshape_a_tensor(model: Path) -> None:
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"][:-1].contiguous()
+    save_file(tensors, model / "model.safetensors")
+
+
+def keep_only_pickled_weights(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def take_another_architecture(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"architectures": ["T5ForConditionalGeneration"]}))
+
+
+def shrink_the_vocabulary(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+
+
+def break_the_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("mutilate", "named"),
+    [
+        (truncate_weights, "model.safetensors"),
+        (lie_about_the_header, "model.safetensors"),
+        (remove_a_tensor, "model.layers.0.mlp.up_proj.weight"),
+        (reshape_a_tensor, "model.norm.weight"),
+        (keep_only_pickled_weights, "safetensors"),
+        (take_another_architecture, "T5ForConditionalGeneration"),
+        (shrink_the_vocabulary, "tokenizer"),
+        (break_the_tokenizer, "tokenizer.json"),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_broken_checkpoint_is_refused_by_name(launch, model, mutilate, named):
+    mutilate(model)
+    launcher = launch("--model-id", str(model))
+    assert launcher.process.wait(60) == ExitCode.BAD_CHECKPOINT
+    errors = [json.loads(line)["fields"]["message"] for line in launcher.lines if '"ERROR"' in line]
+    assert any(named in message for message in errors), launcher.lines
+
+
+def test_broken_checkpoint_is_refused_by_two_ranks_as_well(launch, model):
+    remove_a_tensor(model)
+    launcher = launch("--model-id", str(model), "--num-shard", "2")
+    assert launcher.process.wait(60) == ExitCode.BAD_CHECKPOINT
+
+
+def test_heads_that_do_not_divide_by_the_ranks_are_refused(launch):
+    launcher = launch("--num-shard", "3")
+    assert launcher.process.wait(60) == ExitCode.BAD_CHECKPOINT
+
+
+def test_missing_folder_is_refused(launch, tmp_path):
+    launcher = launch("--model-id", str(tmp_path / "nothing"), environment={"HF_HUB_OFFLINE": "1"})
+    assert launcher.process.wait(60) == ExitCode.MODEL_NOT_FOUND
+
+
+def test_busy_port_is_refused_before_the_model_is_read(launch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        launcher = launch(environment={"PORT": str(taken.getsockname()[1])})
+        assert launcher.process.wait(20) == ExitCode.USAGE
+    assert any("is taken" in line for line in launcher.lines)
+    assert not any("loading" in line for line in launcher.lines)

@@ -1,0 +1,58 @@
+"""Unmodified clients against the live server: Hugging Face's hub client, and TGI's own."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from huggingface_hub import InferenceClient
+from huggingface_hub.errors import ValidationError
+
+REPOSITORY = Path(__file__).parents[1]
+PROMPT = "Return the"
+
+
+@pytest.fixture(scope="module")
+def client(server) -> InferenceClient:
+    return InferenceClient(base_url=server.url)
+
+
+def test_hub_client_plain(client):
+    text = client.text_generation(PROMPT, max_new_tokens=8)
+    assert isinstance(text, str)
+    assert text == client.text_generation(PROMPT, max_new_tokens=8)
+
+
+def test_hub_client_details(client):
+    output = client.text_generation(PROMPT, max_new_tokens=8, details=True, do_sample=True, seed=1)
+    assert output.details.finish_reason in ("length", "eos_token")
+    assert output.details.generated_tokens == len(output.details.tokens)
+    assert output.details.seed == 1
+    assert output.generated_text == "".join(t.text for t in output.details.tokens if not t.special)
+
+
+def test_hub_client_stream_joins_to_the_plain_text(client):
+    plain = client.text_generation(PROMPT, max_new_tokens=8)
+    assert "".join(client.text_generation(PROMPT, max_new_tokens=8, stream=True)) == plain
+    events = list(client.text_generation(PROMPT, max_new_tokens=8, stream=True, details=True))
+    assert events[-1].generated_text == plain
+    assert events[-1].details.generated_tokens == len(events)
+
+
+def test_hub_client_gets_the_validation_error(client):
+    with pytest.raises(ValidationError, match="`temperature` must be strictly positive"):
+        client.text_generation(PROMPT, temperature=-1.0)
+
+
+def test_tgi_client_sync_and_async(server):
+    """TGI's client needs an older hub client: it runs in an environment of its own, which `make test` installs."""
+    python = REPOSITORY / ".venv-tgi-client" / "bin" / "python"
+    script = REPOSITORY / "integration-tests" / "clients" / "tgi_client.py"
+    run = subprocess.run([python, script, server.url, PROMPT], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    seen = json.loads(run.stdout)
+    plain = seen["sync"]["plain"]
+    assert plain
+    assert seen["sync"]["stream"] == seen["async"]["plain"] == seen["async"]["stream"] == plain
+    assert seen["sync"]["finish_reason"] == seen["async"]["finish_reason"]
+    assert seen["sync"]["error"] == seen["async"]["error"] == "ValidationError"

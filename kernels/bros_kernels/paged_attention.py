@@ -1,0 +1,79 @@
+"""Paged attention over blocks filled from either end: the interface that models call, and its backends.
+
+The region of one layer is two tensors, keys and values, of shape (num_blocks, block_size, num_kv_heads, head_dim).
+Where a sequence's tokens lie in it is said by signed block-table entries (`bros_kernels.slots`). Every backend walks
+keys in logical order and masks by logical position, so its result does not depend, to the last bit, on which
+directions store a sequence.
+
+This package knows nothing of models, plans or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bros_kernels.reference import ReferenceAttention
+from bros_kernels.reference import copy_tails as copy_tails
+
+
+@dataclass(frozen=True)
+class AttnMeta:
+    """Who attends to what in one step: the same for all layers. N sequences bring T new tokens.
+
+    The first `n_decode` sequences have exactly one query token. Query token i of sequence n, of its nq, has the
+    logical position `seq_lens[n] - nq + i` and sees the keys up to and including that position.
+    """
+
+    block_table: Tensor  # int32 (N, M): signed entries, padded with any valid entry
+    seq_lens: Tensor  # int32 (N): keys of each sequence, this step's tokens included
+    cu_q: Tensor  # int32 (N + 1): prefix sums of the sequences' query tokens
+    slot_mapping: Tensor  # int64 (T): slot of each new token
+    max_q: int
+    max_k: int
+    n_decode: int
+    block_size: int
+
+
+class PagedAttention(Protocol):
+    """One step's attention: what all layers share is computed once, when it is built from an `AttnMeta`."""
+
+    def write_kv(self, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> None:
+        """Store the new tokens' keys and values, (T, num_kv_heads, head_dim) each, in a layer's region."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+        """Softmax attention of the new tokens, whose keys and values are already written.
+
+        Args:
+            q: (T, num_heads, head_dim); query head h reads kv head h // (num_heads // num_kv_heads).
+            k, v: one layer's region.
+            window: a token sees itself and the `window - 1` tokens before it; None: all of them.
+
+        Returns:
+            (T, num_heads, head_dim), contiguous, in the dtype of q.
+        """
+
+
+Backend: TypeAlias = Callable[[AttnMeta, torch.dtype], PagedAttention]
+
+_BACKENDS: dict[str, Backend] = {"torch": ReferenceAttention}
+
+
+class UnknownBackendError(Exception):
+    """No attention backend has this name."""
+
+
+def select_backend(name: str) -> Backend:
+    """The attention backend called `name`, or the fastest that runs here where the name is `auto`.
+
+    Raises:
+        UnknownBackendError: nothing has this name.
+    """
+    backend = _BACKENDS.get("torch" if name == "auto" else name)
+    if backend is None:
+        raise UnknownBackendError(f"no attention backend is called {name!r}: there is auto, {', '.join(_BACKENDS)}")
+    return backend

@@ -1,0 +1,164 @@
+"""The `torch` backend, on any device: gather the keys in logical order, then PyTorch's attention.
+
+It is the specification that faster backends are tested against, and the fallback where none of them runs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bros_kernels.slots import slots_at, slots_of
+
+if TYPE_CHECKING:
+    from bros_kernels.paged_attention import AttnMeta
+
+
+class ReferenceAttention:
+    """Implements `PagedAttention` with one gather and one attention call per group of sequences.
+
+    Decoding sequences of similar length share a call, padded to the longest; each prefill chunk has its own.
+    """
+
+    def __init__(self, meta: AttnMeta, dtype: torch.dtype) -> None:
+        self._meta = meta
+        self._dtype = dtype
+        self._seq_lens = meta.seq_lens.tolist()
+        self._cu_q = meta.cu_q.tolist()
+        self._groups: dict[int | None, list[_Group]] = {}
+
+    def write_kv(self, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> None:
+        """See `PagedAttention.write_kv`."""
+        k.flatten(0, 1).index_copy_(0, self._meta.slot_mapping, k_new)
+        v.flatten(0, 1).index_copy_(0, self._meta.slot_mapping, v_new)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+        """See `PagedAttention.attend`."""
+        if window is not None and window >= self._meta.max_k:
+            window = None
+        groups = self._groups.get(window)
+        if groups is None:
+            groups = self._groups[window] = self._group(window)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        if len(groups) == 1:
+            return _attend_group(q, k, v, groups[0], scale)
+        return torch.cat([_attend_group(q[group.tokens], k, v, group, scale) for group in groups])
+
+    def _group(self, window: int | None) -> list[_Group]:
+        num_decodes, num_sequences = self._meta.n_decode, len(self._seq_lens)
+        groups = [
+            self._decode_group(start, stop, window)
+            for start, stop in _runs_of_similar_length(self._seq_lens[:num_decodes])
+        ]
+        groups += [self._chunk(index, window) for index in range(num_decodes, num_sequences)]
+        return groups
+
+    def _decode_group(self, start: int, stop: int, window: int | None) -> _Group:
+        """Sequences [start, stop), one query token each."""
+        seq_lens = self._meta.seq_lens[start:stop].long()
+        num_visible = seq_lens if window is None else seq_lens.clamp(max=window)
+        longest = max(self._seq_lens[start:stop])
+        longest = longest if window is None else min(longest, window)
+        index = torch.arange(longest, device=seq_lens.device)
+        # Past its end a row repeats the sequence's last key: masked, but never what an unused slot may hold.
+        positions = torch.minimum((seq_lens - num_visible)[:, None] + index, seq_lens[:, None] - 1)
+        slots = slots_at(self._meta.block_table[start:stop], positions, self._meta.block_size)
+        mask = None
+        if min(self._seq_lens[start:stop]) < longest:
+            mask = self._additive_mask(index < num_visible[:, None])[:, None, None]
+        return _Group(slice(start, stop), stop - start, slots.flatten(), mask, is_causal=False)
+
+    def _chunk(self, index: int, window: int | None) -> _Group:
+        """One sequence that brings several tokens."""
+        start, stop = self._cu_q[index], self._cu_q[index + 1]
+        seq_len = self._seq_lens[index]
+        first_query = seq_len - (stop - start)
+        first_key = 0 if window is None else max(0, first_query - window + 1)
+        device = self._meta.seq_lens.device
+        keys = torch.arange(first_key, seq_len, device=device)
+        slots = slots_at(self._meta.block_table[index : index + 1], keys[None], self._meta.block_size)[0]
+        tokens = slice(start, stop)
+        if first_query == 0 and (window is None or window >= seq_len):
+            return _Group(tokens, 1, slots, None, is_causal=True)
+        queries = torch.arange(first_query, seq_len, device=device)[:, None]
+        is_visible = keys <= queries
+        if window is not None:
+            is_visible &= keys > queries - window
+        return _Group(tokens, 1, slots, self._additive_mask(is_visible)[None, None], is_causal=False)
+
+    def _additive_mask(self, is_visible: Tensor) -> Tensor:
+        mask = torch.zeros(is_visible.shape, dtype=self._dtype, device=is_visible.device)
+        return mask.masked_fill_(~is_visible, -math.inf)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Query tokens that share one attention call: one token each of `num_sequences`, or a chunk of one."""
+
+    tokens: slice
+    num_sequences: int
+    slots: Tensor  # int64 (num_sequences * num_keys): the keys in logical order
+    mask: Tensor | None  # additive, broadcasts to (batch, heads, queries, keys)
+    is_causal: bool
+
+
+def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, scale: float) -> Tensor:
+    """q: the group's (tokens, num_heads, head_dim). k, v: (slots, num_kv_heads, head_dim)."""
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    k = k.index_select(0, group.slots).view(group.num_sequences, -1, num_kv_heads, head_dim)
+    v = v.index_select(0, group.slots).view(group.num_sequences, -1, num_kv_heads, head_dim)
+    q = q.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    if group.num_sequences == num_tokens:
+        # (sequence, kv head, query head of the group as rows, head_dim): a key is read once for all its heads.
+        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=group.mask, scale=scale)
+        return out.reshape(num_tokens, num_heads, head_dim)
+    # (kv head, query head of the group, token, head_dim): keys are broadcast over the heads that share them.
+    q = q.permute(1, 2, 0, 3)
+    k = k[0].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1)
+    v = v[0].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, is_causal=group.is_causal, scale=scale)
+    return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def _runs_of_similar_length(seq_lens: list[int]) -> list[tuple[int, int]]:
+    """Cut consecutive sequences into [start, stop) runs, so that padding costs less than a further call would.
+
+    A run's lengths differ by at most a quarter of the longest, or by 256 keys: about what a call costs on a CPU.
+    """
+    runs: list[tuple[int, int]] = []
+    start, shortest, longest = 0, 0, 0
+    for index, seq_len in enumerate(seq_lens):
+        new_shortest, new_longest = min(shortest, seq_len), max(longest, seq_len)
+        if index == start:
+            new_shortest = new_longest = seq_len
+        elif new_longest - new_shortest > max(256, new_longest // 4):
+            runs.append((start, index))
+            start, new_shortest, new_longest = index, seq_len, seq_len
+        shortest, longest = new_shortest, new_longest
+    if seq_lens:
+        runs.append((start, len(seq_lens)))
+    return runs
+
+
+def copy_tails(kv: Tensor, source_entries: Tensor, destination_entries: Tensor, counts: Tensor) -> None:
+    """Copy the first `counts[c]` logical tokens of each source entry's block to its destination's, in all layers.
+
+    No slot may be both read and written, or written twice.
+
+    Args:
+        kv: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim).
+        source_entries, destination_entries: signed block-table entries, int32 (C), as is `counts`.
+    """
+    block_size = kv.shape[3]
+    copy = torch.arange(len(counts), device=counts.device).repeat_interleave(counts.long())
+    offsets = torch.arange(len(copy), device=counts.device) - (counts.cumsum(0) - counts)[copy]
+    slots = kv.flatten(2, 3)
+    source = slots_of(source_entries[copy], offsets, block_size)
+    destination = slots_of(destination_entries[copy], offsets, block_size)
+    slots.index_copy_(2, destination, slots.index_select(2, source))

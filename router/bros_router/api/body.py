@@ -1,0 +1,118 @@
+"""Reading a request's body: its declared type, its size, its time, and JSON as strictly as TGI's stack reads it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from itertools import accumulate, takewhile
+from typing import Final, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from bros_router.api import errors
+
+T = TypeVar("T")
+
+#: TGI's parser refuses deeper nesting.
+_MAX_DEPTH: Final = 128
+_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
+#: Steps in depth, read as signed bytes.
+_DEPTH_STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+_NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[{]}"))
+_JSON_WHITESPACE: Final = " \t\n\r"
+#: Finds where a value ends; its numbers are not looked at, and may have any length.
+_first_value_decoder = json.JSONDecoder(parse_int=str, parse_float=str)
+#: The library's way to say where: ` - at `$.parameters.stop[0]``.
+_PATH = re.compile(r"(?P<reason>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
+
+
+async def read_json(
+    request: web.Request, decoder: msgspec.json.Decoder[T], *, limit_bytes: int, deadline_s: float
+) -> T:
+    """The decoded body.
+
+    Args:
+        limit_bytes: longest body.
+        deadline_s: how long the whole body may take to arrive.
+
+    Raises:
+        Rejection: the type, size, framing, syntax or shape is wrong.
+        BodyTimeoutError: the body did not arrive in time.
+    """
+    _check_declared_type(request)
+    try:
+        body = await asyncio.wait_for(_read(request, limit_bytes), deadline_s)
+    except asyncio.TimeoutError:
+        raise errors.BodyTimeoutError from None
+    except web.RequestPayloadError:
+        raise errors.unreadable_body() from None
+    return decode_json(decoder, body)
+
+
+def _check_declared_type(request: web.Request) -> None:
+    kind, _, subtype = request.content_type.partition("/")
+    if kind != "application" or not (subtype == "json" or subtype.endswith("+json")):
+        raise errors.unsupported_content_type()
+    if request.headers.get("Content-Encoding", "identity") != "identity":
+        raise errors.unsupported_content_encoding()
+
+
+async def _read(request: web.Request, limit_bytes: int) -> bytes:
+    if (request.content_length or 0) > limit_bytes:
+        raise errors.body_too_large()
+    body = bytearray()
+    async for chunk in request.content.iter_any():
+        body += chunk
+        if len(body) > limit_bytes:
+            raise errors.body_too_large()
+    return bytes(body)
+
+
+def decode_json(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+    """Decode the first JSON value of `body`; what follows it is ignored, as TGI does.
+
+    Raises:
+        Rejection: 400 where it is not JSON, 422 where it is not what the decoder wants.
+    """
+    if _is_too_deep(body):
+        raise errors.invalid_syntax("recursion limit exceeded")
+    try:
+        return decoder.decode(body)
+    except msgspec.ValidationError as error:
+        raise errors.invalid_shape(_with_path_first(str(error))) from None
+    except UnicodeDecodeError:
+        raise errors.invalid_syntax("invalid UTF-8") from None
+    except msgspec.DecodeError as error:
+        first_value = _first_value(body)
+        if first_value is None or len(first_value) == len(body):
+            raise errors.invalid_syntax(str(error)) from None
+        return decode_json(decoder, first_value)
+
+
+def _is_too_deep(body: bytes) -> bool:
+    """Whether the first value nests too deeply. Bodies with few brackets, nearly all, are not looked into."""
+    if body.count(b"[") + body.count(b"{") <= _MAX_DEPTH:
+        return False
+    steps = _STRING.sub(b"", body).translate(_DEPTH_STEPS, _NOT_BRACKETS)
+    depths = takewhile(bool, accumulate(memoryview(steps).cast("b")))
+    return max(depths, default=0) > _MAX_DEPTH
+
+
+def _first_value(body: bytes) -> bytes | None:
+    """The bytes of the first value, or `None` where there is none."""
+    text = body.decode(errors="surrogateescape").lstrip(_JSON_WHITESPACE)
+    try:
+        _, end = _first_value_decoder.raw_decode(text)
+    except ValueError:
+        return None
+    return text[:end].encode(errors="surrogateescape")
+
+
+def _with_path_first(reason: str) -> str:
+    """The library's message in TGI's order: `parameters.top_k: reason`."""
+    match = _PATH.fullmatch(reason)
+    if match is None or not match["path"]:
+        return reason
+    return f"{match['path']}: {match['reason']}"

@@ -1,0 +1,160 @@
+"""One call for inference, from its decoded body to its last token: what every dialect shares."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import structlog
+from aiohttp import web
+
+from bros_router.admission import OverloadedError, Permits
+from bros_router.api import errors
+from bros_router.api.types import GenerateRequest
+from bros_router.api.validation import NUM_JUDGED_NEW_TOKENS, Validator
+from bros_router.config import ApiConfig
+from bros_router.metrics import Metrics
+from bros_router.request import (
+    Engine,
+    Finish,
+    Generation,
+    GenerationError,
+    RequestClass,
+    ServiceUnavailableError,
+    ValidRequest,
+)
+from bros_router.service import ServedModel, Service
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeouts:
+    """How long the HTTP side waits, in seconds."""
+
+    #: For a whole request body.
+    body_s: float = 10.0
+    #: Between two signs of life in a stream: TGI's.
+    keep_alive_s: float = 15.0
+    #: For a client that does not read its stream.
+    write_s: float = 30.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Api:
+    """What the handlers work with."""
+
+    config: ApiConfig
+    service: Service
+    metrics: Metrics
+    validator: Validator
+    permits: Permits
+    timeouts: Timeouts
+
+    def served(self) -> tuple[ServedModel, Engine]:
+        """The model and its engine. Raises `UnavailableError` where a request sent now would not be served."""
+        model, engine = self.service.model, self.service.engine
+        if not self.service.is_ready or model is None or engine is None:
+            raise errors.UnavailableError(self.service.phase)
+        return model, engine
+
+    def model(self) -> ServedModel:
+        """The model. Raises `UnavailableError` while it is not known."""
+        if self.service.model is None:
+            raise errors.UnavailableError(self.service.phase)
+        return self.service.model
+
+
+API = web.AppKey("api", Api)
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time of an answered request went, in seconds."""
+
+    total_s: float
+    validation_s: float
+    queue_s: float
+    inference_s: float
+
+
+class Call:
+    """An accepted call: iterate over `generation`, then report how it went with `succeeded`."""
+
+    def __init__(self, api: Api, request: ValidRequest, generation: Generation, arrived_s: float) -> None:
+        self.request = request
+        self.generation = generation
+        self._api = api
+        self._arrived_s = arrived_s
+        self._queued_s = time.monotonic()
+
+    @property
+    def seed(self) -> int | None:
+        """The seed as replies show it: greedy generation has none."""
+        return self.request.sampling.seed if self.request.sampling.do_sample else None
+
+    def succeeded(self, finish: Finish) -> Timings:
+        """The last token was received: count it, and say where the time went."""
+        timings = Timings(
+            total_s=time.monotonic() - self._arrived_s,
+            validation_s=self._queued_s - self._arrived_s,
+            queue_s=max(0.0, finish.first_scheduled_s - self._queued_s),
+            inference_s=finish.finished_s - finish.first_scheduled_s,
+        )
+        self._api.metrics.request_succeeded(
+            total_s=timings.total_s,
+            validation_s=timings.validation_s,
+            queue_s=timings.queue_s,
+            inference_s=timings.inference_s,
+            num_generated_tokens=finish.num_generated_tokens,
+        )
+        return timings
+
+
+@asynccontextmanager
+async def inference_call(
+    api: Api, body: GenerateRequest, request_class: RequestClass, *, is_stream: bool
+) -> AsyncIterator[Call]:
+    """Admit, validate and queue a request. Leaving the block ends its sequence and gives its permit back.
+
+    Raises:
+        ApiError: it was refused, or failed inside the block.
+    """
+    arrived_s = time.monotonic()
+    model, engine = api.served()
+    api.metrics.request_received()
+    try:
+        api.validator.check_before_admission(body.parameters, is_stream=is_stream)
+        with api.permits.take():
+            request = await api.validator.validate(body, request_class, model)
+            api.metrics.request_validated(
+                len(request.prompt_token_ids),
+                min(request.max_new_tokens, NUM_JUDGED_NEW_TOKENS),
+                max_input_tokens=model.max_input_tokens,
+                max_total_tokens=model.max_total_tokens,
+            )
+            with engine.submit(request) as generation:
+                yield Call(api, request, generation, arrived_s)
+    except ConnectionError:
+        raise  # the client is gone: its sequence was ended, and the engine counted it
+    except Exception as error:
+        public = _public(error, api)
+        api.metrics.request_failed(public.failure)
+        raise public from None
+
+
+def _public(error: Exception, api: Api) -> errors.ApiError:
+    """What a client is told of `error`."""
+    match error:
+        case errors.ApiError():
+            return error
+        case OverloadedError():
+            return errors.OverloadedApiError()
+        case GenerationError():
+            return errors.GenerationApiError(str(error))
+        case ServiceUnavailableError():
+            return errors.UnavailableError(api.service.phase)
+    log.exception("request failed")
+    return errors.InternalError()

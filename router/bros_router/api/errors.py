@@ -1,0 +1,169 @@
+"""Everything that can go wrong for a client and how it is told: the one table of public errors."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import msgspec
+from aiohttp import web
+
+from bros_router.api.types import ErrorReply
+from bros_router.metrics import Failure
+from bros_router.service import Phase
+
+
+class ApiError(Exception):
+    """An error that the client gets as TGI's JSON object. The message is public."""
+
+    status: ClassVar[int]
+    error_type: ClassVar[str]
+    #: How a request that ends this way is counted.
+    failure: ClassVar[Failure]
+    #: Whether the connection cannot, or should not, be used again.
+    closes_connection: bool = False
+
+    def body(self) -> bytes:
+        """The JSON object."""
+        return msgspec.json.encode(ErrorReply(str(self), self.error_type))
+
+
+class ValidationError(ApiError):
+    """The request breaks a rule of the contract."""
+
+    status, error_type, failure = 422, "validation", "validation"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Input validation error: {message}")
+
+
+class OverloadedApiError(ApiError):
+    """No concurrency permit."""
+
+    status, error_type, failure = 429, "overloaded", "overloaded"
+
+    def __init__(self) -> None:
+        super().__init__("Model is overloaded")
+
+
+class GenerationApiError(ApiError):
+    """The engine could not finish the request."""
+
+    status, error_type, failure = 424, "generation", "generation"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(f"Request failed during generation: {message}")
+
+
+class IncompleteGenerationError(ApiError):
+    """The engine's events ended without a last one."""
+
+    status, error_type, failure = 500, "incomplete_generation", "incomplete"
+
+    def __init__(self) -> None:
+        super().__init__("Incomplete generation")
+
+
+class IncompleteStreamError(ApiError):
+    """The engine's events ended without a last one, in a stream."""
+
+    status, error_type, failure = 500, "incomplete_generation_stream", "incomplete"
+
+    def __init__(self) -> None:
+        super().__init__("Incomplete generation stream")
+
+
+class UnavailableError(ApiError):
+    """The server is not ready. Not TGI's: TGI does not listen before it is, and dies with its shards."""
+
+    status, error_type, failure = 503, "healthcheck", "unavailable"
+
+    def __init__(self, phase: Phase) -> None:
+        super().__init__(_UNAVAILABLE[phase])
+        self.closes_connection = phase is Phase.DRAINING
+
+
+_UNAVAILABLE = {
+    Phase.RESOLVING: "The server is starting",
+    Phase.LOADING: "The server is starting",
+    Phase.WARMING: "The server is starting",
+    Phase.READY: "The model is restarting",  # ready, but its ranks stopped making progress
+    Phase.RESTARTING: "The model is restarting",
+    Phase.FAILED: "The model has failed",
+    Phase.DRAINING: "The server is shutting down",
+}
+
+
+class UnhealthyError(ApiError):
+    """What `/health` says when a request sent now would not be served."""
+
+    status, error_type, failure = 503, "healthcheck", "unavailable"
+
+    def __init__(self) -> None:
+        super().__init__("unhealthy")
+
+
+class BodyTimeoutError(ApiError):
+    """The body did not arrive in time. Not TGI's: TGI waits for ever."""
+
+    status, error_type, failure = 408, "timeout", "validation"
+    closes_connection = True
+
+    def __init__(self) -> None:
+        super().__init__("Request body was not received in time")
+
+
+class InternalError(ApiError):
+    """A fault of ours; the log has the details."""
+
+    status, error_type, failure = 500, "internal", "internal"
+
+    def __init__(self) -> None:
+        super().__init__("Internal server error")
+
+
+class Rejection(Exception):
+    """A request refused before its body was understood: plain text, as TGI's HTTP stack answers."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+def unsupported_content_type() -> Rejection:
+    """The body is not declared as JSON."""
+    return Rejection(415, "Expected request with `Content-Type: application/json`")
+
+
+def unsupported_content_encoding() -> Rejection:
+    """The body is compressed: refused unread, since its true size cannot be known. TGI reads it as bad JSON."""
+    return Rejection(415, "Expected request without `Content-Encoding`")
+
+
+def body_too_large() -> Rejection:
+    """The body is longer than the payload limit."""
+    return Rejection(413, "Failed to buffer the request body: length limit exceeded")
+
+
+def unreadable_body() -> Rejection:
+    """The body broke HTTP's own framing."""
+    return Rejection(400, "Failed to buffer the request body: invalid framing")
+
+
+def invalid_syntax(reason: str) -> Rejection:
+    """The body is not JSON."""
+    return Rejection(400, f"Failed to parse the request body as JSON: {reason}")
+
+
+def invalid_shape(reason: str) -> Rejection:
+    """The body is JSON of another shape."""
+    return Rejection(422, f"Failed to deserialize the JSON body into the target type: {reason}")
+
+
+def error_response(error: ApiError | Rejection) -> web.Response:
+    """The response that tells the client of `error`."""
+    if isinstance(error, Rejection):
+        return web.Response(status=error.status, text=str(error))
+    response = web.Response(status=error.status, body=error.body(), content_type="application/json")
+    if error.closes_connection:
+        response.force_close()
+    return response

@@ -1,0 +1,225 @@
+"""Turning a decoded body into a valid request: every rule of the contract, in its order, in its words."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import secrets
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, TypeVar
+
+from bros_router.api.errors import ValidationError
+from bros_router.api.types import GenerateParameters, GenerateRequest, SimpleToken
+from bros_router.config import ApiConfig
+from bros_router.request import RequestClass, ValidRequest
+from bros_router.service import ServedModel
+from bros_router.tokenizer import Tokenizer, TokenizerError, byte_offsets
+from bros_shard.protocol import SamplingParams
+
+T = TypeVar("T")
+
+#: TGI schedules at most this many new tokens at once, and judges a request by them alone.
+NUM_JUDGED_NEW_TOKENS: Final = 1024
+#: TGI has no upper bound here, but the wire to the ranks has. No useful value comes near.
+_MAX_FACTOR: Final = 1_000_000
+
+
+class Validator:
+    """Checks requests, and tokenises their prompts in a pool of threads."""
+
+    def __init__(self, config: ApiConfig) -> None:
+        self._config = config
+        self._threads = ThreadPoolExecutor(config.validation_workers, thread_name_prefix="validation")
+
+    def close(self) -> None:
+        """End the threads. Prompts that wait for one are given up."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def check_before_admission(self, parameters: GenerateParameters, *, is_stream: bool) -> None:
+        """The rules that are judged before a permit is taken. Raises `ValidationError`."""
+        if is_stream:
+            if parameters.best_of not in (None, 1):
+                raise ValidationError("`best_of` != 1 is not supported when streaming tokens")
+            if parameters.decoder_input_details:
+                raise ValidationError("`decoder_input_details` == true is not supported when streaming tokens")
+            return
+        best_of, max_best_of = parameters.best_of or 1, self._config.max_best_of
+        if best_of > 1 and max_best_of == 1:
+            raise ValidationError("`best_of` != 1 is not allowed for this endpoint")
+        if best_of > max_best_of:
+            raise ValidationError(f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}")
+
+    async def validate(self, request: GenerateRequest, request_class: RequestClass, model: ServedModel) -> ValidRequest:
+        """Check every other rule, those that cost nothing first.
+
+        Raises:
+            ValidationError: with the message of the first rule that is broken.
+        """
+        parameters = request.parameters
+        sampling = self._sampling_params(parameters)
+        _check_inputs(request.inputs, parameters.truncate, model.max_input_tokens)
+        _check_supported(parameters)
+        prompt_token_ids = await self._in_thread(
+            _prompt_token_ids, request.inputs, parameters.truncate, parameters.max_new_tokens, model
+        )
+        num_free_tokens = model.max_total_tokens - len(prompt_token_ids)
+        return ValidRequest(
+            request_id=uuid.uuid4().hex,
+            prompt_token_ids=prompt_token_ids,
+            sampling=sampling,
+            max_new_tokens=min(parameters.max_new_tokens or num_free_tokens, num_free_tokens),
+            stop_sequences=tuple(parameters.stop),
+            ignore_eos=parameters.ignore_eos,
+            request_class=request_class,
+        )
+
+    async def tokenize(self, text: str, tokenizer: Tokenizer) -> list[SimpleToken]:
+        """Every token of `text`, special tokens included. Raises `ValidationError`."""
+        return await self._in_thread(_simple_tokens, text, tokenizer)
+
+    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    def _sampling_params(self, parameters: GenerateParameters) -> SamplingParams:
+        """The rules on parameters alone. TGI holds 32-bit floats, so they are what is judged and sent on."""
+        best_of = parameters.best_of or 1
+        warpers = (parameters.temperature, parameters.top_k, parameters.top_p, parameters.typical_p)
+        if best_of > 1 and not parameters.do_sample and all(value is None for value in warpers):
+            raise ValidationError("you must use sampling when `best_of` is > 1")
+        temperature = _factor("temperature", parameters.temperature)
+        repetition_penalty = _factor("repetition_penalty", parameters.repetition_penalty)
+        frequency_penalty = _float32(parameters.frequency_penalty or 0.0)
+        if not -2.0 <= frequency_penalty <= 2.0:
+            raise ValidationError("`frequency_penalty` must be >= -2.0 and <= 2.0")
+        top_p = _share("top_p", parameters.top_p)
+        typical_p = _share("typical_p", parameters.typical_p)
+        if parameters.top_k is not None and parameters.top_k <= 0:
+            raise ValidationError("`top_k` must be strictly positive")
+        self._check_limits(parameters)
+        top_k = parameters.top_k or 0
+        return SamplingParams(
+            do_sample=parameters.do_sample or temperature != 1.0 or top_k > 0 or top_p < 1.0 or typical_p < 1.0,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            typical_p=typical_p,
+            repetition_penalty=repetition_penalty,
+            frequency_penalty=frequency_penalty,
+            seed=secrets.randbits(64) if parameters.seed is None else parameters.seed,
+        )
+
+    def _check_limits(self, parameters: GenerateParameters) -> None:
+        if parameters.max_new_tokens == 0:
+            raise ValidationError("`max_new_tokens` must be strictly positive")
+        num_stops, max_stops = len(parameters.stop), self._config.max_stop_sequences
+        if num_stops > max_stops:
+            raise ValidationError(f"`stop` supports up to {max_stops} stop sequences. Given: {num_stops}")
+        if parameters.seed is not None and (parameters.best_of or 1) > 1:
+            raise ValidationError("`seed` must not be set when `best_of` > 1")
+        top_n, max_top_n = parameters.top_n_tokens or 0, self._config.max_top_n_tokens
+        if top_n > max_top_n:
+            raise ValidationError(f"`top_n_tokens` must be >= 0 and <= {max_top_n}. Given: {top_n}")
+
+
+def request_class_of(header: str | None, parameters: GenerateParameters) -> RequestClass:
+    """The class of a request: the header `x-request-class`, else `parameters.priority`, else real-time.
+
+    Raises:
+        ValidationError: the header names no class.
+    """
+    if header is None:
+        return parameters.priority or RequestClass.RT
+    try:
+        return RequestClass(header)
+    except ValueError:
+        raise ValidationError("`x-request-class` must be `rt` or `be`") from None
+
+
+def _float32(value: float) -> float:
+    """The nearest 32-bit float; infinite beyond their range."""
+    return ctypes.c_float(value).value
+
+
+def _factor(name: str, value: float | None) -> float:
+    """A positive parameter whose neutral value is 1."""
+    factor = 1.0 if value is None else _float32(value)
+    if factor <= 0.0:
+        raise ValidationError(f"`{name}` must be strictly positive")
+    if factor > _MAX_FACTOR:
+        raise ValidationError(f"`{name}` must be <= {_MAX_FACTOR}")
+    return factor
+
+
+def _share(name: str, value: float | None) -> float:
+    """A share of the probability mass: what is absent means all of it, which nobody may ask for."""
+    if value is None:
+        return 1.0
+    share = _float32(value)
+    if not 0.0 < share < 1.0:
+        raise ValidationError(f"`{name}` must be > 0.0 and < 1.0")
+    return share
+
+
+def _check_inputs(inputs: str, truncate: int | None, max_input_tokens: int) -> None:
+    if not inputs:
+        raise ValidationError("`inputs` cannot be empty")
+    if truncate is not None and not 1 <= truncate <= max_input_tokens:
+        raise ValidationError(
+            f"`truncate` must be strictly positive and less than {max_input_tokens}. Given: {truncate}"
+        )
+
+
+def _check_supported(parameters: GenerateParameters) -> None:
+    """Refuse what TGI can do and this server cannot: an answer that ignored it would be wrong."""
+    unsupported = {
+        "`best_of` > 1": (parameters.best_of or 1) > 1,
+        "`watermark`": parameters.watermark,
+        "`decoder_input_details`": parameters.decoder_input_details,
+        "`top_n_tokens` > 0": bool(parameters.top_n_tokens),
+        "`grammar`": parameters.grammar is not None,
+        "`adapter_id`": parameters.adapter_id is not None,
+    }
+    for name, is_asked_for in unsupported.items():
+        if is_asked_for:
+            raise ValidationError(f"{name} is not supported by this server")
+
+
+def _prompt_token_ids(
+    inputs: str, truncate: int | None, max_new_tokens: int | None, model: ServedModel
+) -> tuple[int, ...]:
+    """Tokenise, and judge the length."""
+    try:
+        if truncate is None:
+            encoding = model.tokenizer.encode(inputs)
+        else:
+            encoding = model.tokenizer.encode_truncated(inputs, truncate)
+    except TokenizerError as error:
+        raise ValidationError(f"tokenizer error {error}") from None
+    num_tokens, max_total_tokens = len(encoding), model.max_total_tokens
+    if num_tokens == 0:
+        raise ValidationError("`inputs` cannot be empty")  # a text that the tokenizer drops, such as a space
+    if max_new_tokens is None:
+        max_new_tokens = max(0, max_total_tokens - num_tokens)
+    num_new_tokens = min(max_new_tokens, NUM_JUDGED_NEW_TOKENS)
+    if num_tokens + num_new_tokens > max_total_tokens:
+        raise ValidationError(
+            f"`inputs` tokens + `max_new_tokens` must be <= {max_total_tokens}. "
+            f"Given: {num_tokens} `inputs` tokens and {num_new_tokens} `max_new_tokens`"
+        )
+    if num_tokens > model.max_input_tokens:
+        raise ValidationError(f"`inputs` must have less than {model.max_input_tokens} tokens. Given: {num_tokens}")
+    return tuple(encoding.ids)
+
+
+def _simple_tokens(text: str, tokenizer: Tokenizer) -> list[SimpleToken]:
+    try:
+        encoding = tokenizer.encode(text)
+    except TokenizerError as error:
+        raise ValidationError(f"tokenizer error {error}") from None
+    in_bytes = byte_offsets(text)
+    return [
+        SimpleToken(token_id, text[start:stop], in_bytes[start], in_bytes[stop])
+        for token_id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+    ]

@@ -1,0 +1,150 @@
+"""The HTTP application: which route is answered by what, who may ask, and what every response carries."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Final
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from bros_router.admission import Permits
+from bros_router.api import errors, handlers
+from bros_router.api.call import API, Api, Timeouts
+from bros_router.api.validation import Validator
+from bros_router.config import ApiConfig
+from bros_router.metrics import Metrics
+from bros_router.service import Service
+
+#: Routes that need the API key, where there is one: path to method to handler.
+_GUARDED: Final[Mapping[str, Mapping[str, Handler]]] = {
+    "/": {"POST": handlers.compat_generate},
+    "/generate": {"POST": handlers.generate},
+    "/generate_stream": {"POST": handlers.generate_stream},
+    "/tokenize": {"POST": handlers.tokenize},
+}
+#: Routes that anybody may ask.
+_OPEN: Final[Mapping[str, Mapping[str, Handler]]] = {
+    "/": {"GET": handlers.health},
+    "/health": {"GET": handlers.health},
+    "/health/live": {"GET": handlers.health_live},
+    "/health/startup": {"GET": handlers.health_startup},
+    "/ping": {"GET": handlers.health},
+    "/info": {"GET": handlers.info},
+    "/metrics": {"GET": handlers.prometheus},
+    "/v1/models": {"GET": handlers.models},
+}
+
+log = structlog.get_logger()
+
+
+def create_app(
+    config: ApiConfig, service: Service, metrics: Metrics, timeouts: Timeouts | None = None
+) -> web.Application:
+    """The application. Run it with `handler_cancellation=True`, or clients that leave are served to the end."""
+    app = web.Application(middlewares=[_answer_preflight, _answer_errors])
+    validator = Validator(config)
+    app[API] = Api(
+        config=config,
+        service=service,
+        metrics=metrics,
+        validator=validator,
+        permits=Permits(config.max_concurrent_requests),
+        timeouts=timeouts or Timeouts(),
+    )
+    _add_routes(app, config.api_key)
+    app.on_response_prepare.append(_response_headers(config.cors_allow_origin))
+
+    async def close_validator(_: web.Application) -> AsyncIterator[None]:
+        yield
+        validator.close()
+
+    app.cleanup_ctx.append(close_validator)
+    return app
+
+
+def _add_routes(app: web.Application, api_key: str | None) -> None:
+    guard = _key_guard(api_key)
+    for path in {**_GUARDED, **_OPEN}:
+        guarded, open_ = _GUARDED.get(path, {}), _OPEN.get(path, {})
+        resource = app.router.add_resource(path)
+        for method, handler in guarded.items():
+            resource.add_route(method, guard(handler))
+        for method, handler in open_.items():
+            resource.add_route(method, handler)
+            if method == "GET":
+                resource.add_route("HEAD", handler)
+        # TGI asks for the key before it looks at the method.
+        refuse = _method_not_allowed(sorted({*guarded, *open_, *(("HEAD",) if "GET" in open_ else ())}))
+        resource.add_route("*", guard(refuse) if guarded else refuse)
+
+
+def _key_guard(api_key: str | None) -> Callable[[Handler], Handler]:
+    """What puts a handler behind the API key: without it, 401 and nothing else."""
+    if api_key is None:
+        return lambda handler: handler
+    expected = f"Bearer {api_key}".encode()
+
+    def guard(handler: Handler) -> Handler:
+        async def guarded(request: web.Request) -> web.StreamResponse:
+            given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
+            if not hmac.compare_digest(given, expected):
+                return web.Response(status=401)
+            return await handler(request)
+
+        return guarded
+
+    return guard
+
+
+def _method_not_allowed(methods: list[str]) -> Handler:
+    async def refuse(request: web.Request) -> web.StreamResponse:
+        return web.Response(status=405, headers={"Allow": ",".join(methods)})
+
+    return refuse
+
+
+@web.middleware
+async def _answer_preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Browsers ask before they send: any OPTIONS, on any path, is allowed what the server allows at all."""
+    if request.method != "OPTIONS":
+        return await handler(request)
+    return web.Response(
+        headers={"Access-Control-Allow-Methods": "GET,POST", "Access-Control-Allow-Headers": "content-type"}
+    )
+
+
+@web.middleware
+async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turn what handlers raise into responses."""
+    try:
+        return await handler(request)
+    except (errors.ApiError, errors.Rejection) as error:
+        return errors.error_response(error)
+    except web.HTTPNotFound:
+        return web.Response(status=404)
+    except ConnectionError:
+        raise  # the client is gone: there is nobody to answer
+    except Exception:
+        log.exception("request failed", method=request.method, path=request.path)
+        return errors.error_response(errors.InternalError())
+
+
+def _response_headers(
+    allowed_origins: tuple[str, ...],
+) -> Callable[[web.Request, web.StreamResponse], Awaitable[None]]:
+    """What adds to every response, errors and streams included: CORS, and no word about what serves it."""
+
+    async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+        headers = response.headers
+        headers.pop("Server", None)
+        headers["Vary"] = "origin, access-control-request-method, access-control-request-headers"
+        origin = request.headers.get("Origin")
+        if not allowed_origins:
+            headers["Access-Control-Allow-Origin"] = "*"
+        elif origin in allowed_origins:
+            headers["Access-Control-Allow-Origin"] = origin
+
+    return add_headers

@@ -1,0 +1,253 @@
+"""The server's configuration: frozen, each field with its unit and its reason.
+
+A field made by `flag` is also a flag of the command line and a variable of the environment; `cli` generates both. The
+names, defaults and meanings are those of TGI's launcher unless `is_ours`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+
+class ConfigError(ValueError):
+    """Values that contradict each other. The message is one line for the operator."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Flag:
+    """How a value is given on the command line and in the environment."""
+
+    help: str
+    #: Without dashes in front; empty: the field's name.
+    name: str = ""
+    #: One letter.
+    short: str = ""
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    #: A size: `2GiB`, `500MB` or a plain number of bytes.
+    is_bytes: bool = False
+    #: Not one of TGI's: the environment variable is prefixed, to meet nobody else's.
+    is_ours: bool = False
+    has_variable: bool = True
+    #: What `--help` shows where the default is computed.
+    default_text: str = ""
+
+    @property
+    def option(self) -> str:
+        """`--max-best-of`"""
+        return f"--{self.name.replace('_', '-')}"
+
+    @property
+    def variable(self) -> str:
+        """`MAX_BEST_OF`; empty where the environment cannot set it."""
+        if not self.has_variable:
+            return ""
+        return ("BROS_" if self.is_ours else "") + self.name.upper().replace("-", "_")
+
+
+def flag(default: Any, help: str, **how: Any) -> Any:
+    """A dataclass field that is also a flag; `how` are fields of `Flag`."""
+    return field(default=default, metadata={"flag": Flag(help=help, **how)})
+
+
+def flags_of(config_class: type) -> dict[str, Flag]:
+    """The flags of a configuration class by field name, each with its own name filled in."""
+    flags = {item.name: item.metadata["flag"] for item in fields(config_class) if "flag" in item.metadata}
+    return {name: spec if spec.name else replace(spec, name=name) for name, spec in flags.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which model is served, and how its own configuration is overridden."""
+
+    model_id: str | None = flag(
+        None, "Name of a model on the hub, or a local folder.", default_text="the bundled demo model"
+    )
+    revision: str | None = flag(None, "Branch, tag or commit of the model on the hub.", default_text="main")
+    dtype: str = flag(
+        "auto",
+        "Number format of weights and KV cache (float32 and auto are ours).",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        default_text="as the checkpoint says",
+    )
+    tokenizer_config_path: Path | None = flag(
+        None, "File that replaces the model's tokenizer_config.json (chat template)."
+    )
+    rope_scaling: str | None = flag(None, "Rotary scaling that overrides the model's.", choices=("linear", "dynamic"))
+    rope_factor: float | None = flag(None, "Factor of the rotary scaling; alone, it means linear.", minimum=1.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig:
+    """How models are fetched."""
+
+    cache_dir: Path | None = flag(
+        None,
+        "Folder of the hub's cache.",
+        name="huggingface-hub-cache",
+        default_text="$HF_HOME/hub",
+    )
+    #: Access token; shown nowhere.
+    token: str | None = field(default=None, repr=False)
+    #: Use the cache alone.
+    is_offline: bool = False
+    #: Address of the hub; `None`: the public one.
+    endpoint: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ApiConfig:
+    """What the HTTP side may accept."""
+
+    max_concurrent_requests: int = flag(128, "Requests queued or running; more are answered 429.", minimum=1)
+    max_best_of: int = flag(2, "Largest best_of.", minimum=1)
+    max_stop_sequences: int = flag(4, "Most stop sequences of a request.", minimum=0)
+    max_top_n_tokens: int = flag(5, "Largest top_n_tokens.", minimum=0)
+    max_client_batch_size: int = flag(4, "Most prompts of a completions request.", minimum=1)
+    validation_workers: int = flag(2, "Threads that tokenise and validate.", minimum=1)
+    payload_limit: int = flag(2_000_000, "Largest request body, in bytes.", minimum=1)
+    api_key: str | None = field(
+        default=None,
+        repr=False,
+        metadata={"flag": Flag(help="Key that clients must send as `Authorization: Bearer KEY`.")},
+    )
+    cors_allow_origin: tuple[str, ...] = flag((), "Origin allowed by CORS; repeatable.", default_text="any")
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for a key that would guard nothing."""
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("--api-key is empty: leave it out to serve without a key.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchConfig:
+    """How long sequences may be, and how much work one step may hold."""
+
+    max_input_tokens: int | None = flag(
+        None, "Longest prompt, in tokens.", minimum=1, default_text="max-total-tokens - 1"
+    )
+    max_total_tokens: int | None = flag(
+        None,
+        "Longest prompt and reply together, in tokens.",
+        minimum=2,
+        default_text="what model and KV cache allow",
+    )
+    #: The token budget of a step: larger steps prefill faster and delay the sequences that decode beside them.
+    max_batch_prefill_tokens: int = flag(
+        512, "Most tokens in one step.", minimum=1, default_text="512 on CPU, 4096 on GPU"
+    )
+    max_batch_size: int | None = flag(None, "Most sequences in one step.", minimum=1, default_text="no limit")
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` where the limits contradict each other."""
+        if (
+            self.max_input_tokens is not None
+            and self.max_total_tokens is not None
+            and self.max_input_tokens >= self.max_total_tokens
+        ):
+            raise ConfigError(
+                f"--max-input-tokens ({self.max_input_tokens}) must be less than"
+                f" --max-total-tokens ({self.max_total_tokens}): a reply needs room for a token."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankConfig:
+    """The processes that run the model, and what each may take of the machine."""
+
+    num_shard: int = flag(1, "Tensor-parallel ranks.", minimum=1, default_text="visible GPUs, else 1")
+    device: str = flag(
+        "auto",
+        "Where the model runs; auto: on GPUs where there are any.",
+        choices=("auto", "cpu", "cuda"),
+        is_ours=True,
+    )
+    kernels: str = flag(
+        "auto",
+        "Attention kernels; torch: the slow specification.",
+        choices=("auto", "torch"),
+        is_ours=True,
+    )
+    #: Bytes over all ranks; 0: every rank takes what is free on its GPU.
+    kv_cache_memory_bytes: int = flag(
+        0,
+        "Size of the KV cache over all ranks, such as 2GiB.",
+        name="kv-cache-memory",
+        is_bytes=True,
+        minimum=1,
+        is_ours=True,
+        default_text="a quarter of the free memory on CPU, what is free on GPU",
+    )
+    #: 0: no limit.
+    kv_slots_limit: int = flag(
+        0, "Most tokens that the KV cache holds.", minimum=1, is_ours=True, default_text="no limit"
+    )
+    block_size: int = flag(64, "Tokens in a block of the KV cache: a power of two from 16 to 256.", is_ours=True)
+    #: 0: the cores divided by the ranks.
+    cpu_threads: int = flag(0, "CPU threads of each rank.", minimum=1, is_ours=True, default_text="cores / ranks")
+    cuda_memory_fraction: float = flag(1.0, "Share of each GPU's memory that may be used.", minimum=0.01, maximum=1.0)
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for a block size that no kernel has."""
+        if self.block_size not in (16, 32, 64, 128, 256):
+            raise ConfigError(f"--block-size ({self.block_size}) must be 16, 32, 64, 128 or 256.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpConfig:
+    """Where the server listens, and how long it waits when it is told to end."""
+
+    #: An IP address: anything else was replaced when the configuration was read.
+    hostname: str = flag("0.0.0.0", "IP address to listen on.")
+    port: int = flag(3000, "Port to listen on.", short="p", minimum=0, maximum=65535)
+    graceful_termination_timeout_s: int = flag(
+        90,
+        "Seconds that running requests get to finish after SIGTERM.",
+        name="graceful-termination-timeout",
+        short="g",
+        minimum=0,
+    )
+    #: What the header `x-compute-type` says; `None`: ranks and device.
+    compute_type: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is logged, and in which form."""
+
+    json_output: bool = flag(False, "Log JSON, one object a line.")
+    #: A name of `logging`: DEBUG, INFO, WARNING, ERROR or CRITICAL.
+    level: str = "INFO"
+    #: `None`: colours on a terminal.
+    colorize: bool | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Everything the server was told, once."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    ranks: RankConfig = field(default_factory=RankConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    #: Where the private folder of sockets is made. Short: a socket's path has at most 107 bytes.
+    runtime_base: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+
+
+#: The sections of `--help`, in order: field of `ServerConfig`, title, class.
+SECTIONS: tuple[tuple[str, str, type], ...] = (
+    ("model", "Model", ModelConfig),
+    ("hub", "Hub", HubConfig),
+    ("batch", "Tokens and batches", BatchConfig),
+    ("ranks", "Ranks and memory", RankConfig),
+    ("http", "Server", HttpConfig),
+    ("api", "Requests", ApiConfig),
+    ("log", "Logs", LogConfig),
+)

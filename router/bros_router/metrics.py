@@ -1,0 +1,238 @@
+"""What is measured: TGI's series under TGI's names, ours beside them, and the text that `/metrics` answers."""
+
+from __future__ import annotations
+
+from typing import Final, Literal, TypeAlias
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+from bros_router.request import RequestClass
+
+#: How a request may end badly.
+Failure: TypeAlias = Literal[
+    "validation", "overloaded", "generation", "incomplete", "dropped", "unavailable", "internal"
+]
+#: A step that has any prefill in it counts as `prefill`.
+Method: TypeAlias = Literal["prefill", "decode"]
+
+#: TGI's bounds, in seconds: 0.15 ms to 145.6 s.
+_DURATION_BUCKETS: Final = tuple(0.0001 * 1.5 ** (k + 1) for k in range(35))
+_BATCH_SIZE_BUCKETS: Final = tuple(range(1, 1025))
+#: Ours, in seconds: fine where latency targets lie.
+_TTFT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0)
+_INTER_TOKEN_BUCKETS: Final = (
+    0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0,
+)  # fmt: skip
+
+
+class Metrics:
+    """One server's measurements. Callers say what happened; the names are chosen here.
+
+    Every label has a fixed set of values, so the number of series is bounded.
+    """
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self._request_count = self._counter("tgi_request_count", "Requests received")
+        self._request_success = self._counter("tgi_request_success", "Requests answered in full")
+        self._request_failure = self._counter("tgi_request_failure", "Requests that failed, by reason", "err")
+        self._request_duration = self._duration("tgi_request_duration", "From arrival to the last token")
+        self._request_validation = self._duration("tgi_request_validation_duration", "From arrival to the queue")
+        self._request_queue = self._duration("tgi_request_queue_duration", "From the queue to the first step")
+        self._request_inference = self._duration(
+            "tgi_request_inference_duration", "From the first step to the last token"
+        )
+        self._request_time_per_token = self._duration(
+            "tgi_request_mean_time_per_token_duration", "Inference time divided by generated tokens"
+        )
+        self._lengths: _LengthHistograms | None = None
+
+        self._queue_size = self._gauge("tgi_queue_size", "Requests that wait for their first step")
+        self._batch_size = self._gauge("tgi_batch_current_size", "Sequences in the last step")
+        self._batch_max_tokens = self._gauge(
+            "tgi_batch_current_max_tokens", "Tokens that the sequences of the last step may grow to"
+        )
+        self._batch_next_size = Histogram(
+            "tgi_batch_next_size",
+            "Sequences that began in a step",
+            buckets=_BATCH_SIZE_BUCKETS,
+            registry=self._registry,
+        )
+        self._step_count = self._counter("tgi_batch_inference_count", "Steps sent to the ranks", "method")
+        self._step_success = self._counter("tgi_batch_inference_success", "Steps that gave a result", "method")
+        self._step_failure = self._counter("tgi_batch_inference_failure", "Steps lost with their ranks", "method")
+        self._step_duration = self._duration("tgi_batch_inference_duration", "From plan to result", "method")
+        self._forward_duration = self._duration("tgi_batch_forward_duration", "Forward pass", "method")
+        self._sampling_duration = self._duration("tgi_batch_decode_duration", "Choosing the tokens", "method")
+
+        self._ttft = self._latency(
+            "bros_time_to_first_token_seconds", "From arrival in the queue to the first token", _TTFT_BUCKETS
+        )
+        self._inter_token = self._latency(
+            "bros_inter_token_latency_seconds", "Between two tokens of a reply", _INTER_TOKEN_BUCKETS
+        )
+        self._kv_blocks = Gauge("bros_kv_blocks", "KV blocks by owner", ["owner"], registry=self._registry)
+        self._frames_dropped = self._counter(
+            "bros_frames_dropped_total", "Frames from ranks that were not used, by reason", "reason"
+        )
+
+    # --- requests, as the HTTP side sees them
+
+    def request_received(self) -> None:
+        """A request for inference was understood and will be counted once more as a success or a failure."""
+        self._request_count.inc()
+
+    def request_validated(
+        self, num_input_tokens: int, max_new_tokens: int, *, max_input_tokens: int, max_total_tokens: int
+    ) -> None:
+        """A request is about to be queued. The limits are the served model's; they shape the histograms."""
+        if self._lengths is None:
+            self._lengths = _LengthHistograms(self._registry, max_input_tokens, max_total_tokens)
+        self._lengths.num_input_tokens.observe(num_input_tokens)
+        self._lengths.max_new_tokens.observe(max_new_tokens)
+
+    def request_succeeded(
+        self,
+        *,
+        total_s: float,
+        validation_s: float,
+        queue_s: float,
+        inference_s: float,
+        num_generated_tokens: int,
+    ) -> None:
+        """A validated request got its last token."""
+        assert self._lengths is not None
+        self._request_success.inc()
+        self._request_duration.observe(total_s)
+        self._request_validation.observe(validation_s)
+        self._request_queue.observe(queue_s)
+        self._request_inference.observe(inference_s)
+        self._request_time_per_token.observe(inference_s / num_generated_tokens)
+        self._lengths.num_generated_tokens.observe(num_generated_tokens)
+
+    def request_failed(self, failure: Failure) -> None:
+        """A request ended without its last token."""
+        self._request_failure.labels(failure).inc()
+
+    # --- steps, as the engine sees them
+
+    def step_sent(self, method: Method, *, num_sequences: int, num_new_sequences: int, max_tokens: int) -> None:
+        """A plan went to the ranks.
+
+        Args:
+            num_new_sequences: those that run for the first time.
+            max_tokens: tokens that all sequences of the step together may grow to.
+        """
+        self._step_count.labels(method).inc()
+        self._batch_size.set(num_sequences)
+        self._batch_max_tokens.set(max_tokens)
+        if num_new_sequences:
+            self._batch_next_size.observe(num_new_sequences)
+
+    def step_finished(self, method: Method, *, total_s: float, forward_s: float, sampling_s: float) -> None:
+        """A step gave its result: seconds from plan to result, and of those the ranks' own."""
+        self._step_success.labels(method).inc()
+        self._step_duration.labels(method).observe(total_s)
+        self._forward_duration.labels(method).observe(forward_s)
+        self._sampling_duration.labels(method).observe(sampling_s)
+
+    def step_failed(self, method: Method) -> None:
+        """A step was lost: its ranks are gone."""
+        self._step_failure.labels(method).inc()
+
+    def engine_idle(self) -> None:
+        """No sequence is left to run."""
+        self._batch_size.set(0)
+        self._batch_max_tokens.set(0)
+
+    def set_queue_size(self, num_waiting: int) -> None:
+        """How many requests wait for their first step."""
+        self._queue_size.set(num_waiting)
+
+    def set_kv_blocks(self, *, rt: int, be: int, free: int) -> None:
+        """Who has the KV blocks: a block that both classes share counts as real-time."""
+        self._kv_blocks.labels("rt").set(rt)
+        self._kv_blocks.labels("be").set(be)
+        self._kv_blocks.labels("free").set(free)
+
+    def observe_ttft(self, request_class: RequestClass, seconds: float) -> None:
+        """A sequence got its first token this long after it was queued."""
+        self._ttft.labels(request_class.value).observe(seconds)
+
+    def observe_inter_token(self, request_class: RequestClass, seconds: float) -> None:
+        """A sequence got a token this long after the one before."""
+        self._inter_token.labels(request_class.value).observe(seconds)
+
+    def frame_dropped(self, reason: str) -> None:
+        """A frame from a rank was not used. `reason` comes from a small fixed set."""
+        self._frames_dropped.labels(reason).inc()
+
+    # --- exposition
+
+    def render(self) -> bytes:
+        """The Prometheus text format. Counters and histograms appear after their first use, as in TGI.
+
+        TGI's counters do not end in `_total`, which the library's own exposition would insist on.
+        """
+        lines: list[str] = []
+        for family in self._registry.collect():
+            is_used = family.type == "gauge" or any(sample.value for sample in family.samples)
+            if not is_used:
+                continue
+            is_suffixed = family.type == "counter" and not family.name.startswith("tgi_")
+            name = f"{family.name}_total" if is_suffixed else family.name
+            lines += [f"# HELP {name} {family.documentation}", f"# TYPE {name} {family.type}"]
+            for sample in family.samples:
+                if not sample.name.endswith("_created"):
+                    sample_name = name if family.type == "counter" else sample.name
+                    lines.append(f"{sample_name}{_labels(sample.labels)} {sample.value}")
+        return "".join(f"{line}\n" for line in lines).encode()
+
+    # --- construction
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        return Counter(name, help, labels, registry=self._registry)
+
+    def _gauge(self, name: str, help: str) -> Gauge:
+        return Gauge(name, help, registry=self._registry)
+
+    def _duration(self, name: str, help: str, *labels: str) -> Histogram:
+        return Histogram(name, f"{help}, in seconds", labels, buckets=_DURATION_BUCKETS, registry=self._registry)
+
+    def _latency(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, help, ["class"], buckets=buckets, registry=self._registry)
+
+
+class _LengthHistograms:
+    """The histograms whose buckets follow from the served model: a hundred, evenly spaced up to the limit."""
+
+    def __init__(self, registry: CollectorRegistry, max_input_tokens: int, max_total_tokens: int) -> None:
+        self.num_input_tokens = Histogram(
+            "tgi_request_input_length",
+            "Prompt tokens",
+            buckets=_hundred_buckets(max_input_tokens),
+            registry=registry,
+        )
+        self.max_new_tokens = Histogram(
+            "tgi_request_max_new_tokens",
+            "New tokens asked for, at most 1024",
+            buckets=_hundred_buckets(max_total_tokens),
+            registry=registry,
+        )
+        self.num_generated_tokens = Histogram(
+            "tgi_request_generated_tokens",
+            "Tokens generated",
+            buckets=_hundred_buckets(max_total_tokens),
+            registry=registry,
+        )
+
+
+def _hundred_buckets(limit: int) -> list[float]:
+    return [limit / 100 * (k + 1) for k in range(100)]
+
+
+def _labels(labels: dict[str, str]) -> str:
+    """The labels of a sample; no value of ours needs escaping."""
+    if not labels:
+        return ""
+    return "{" + ",".join(f'{name}="{value}"' for name, value in labels.items()) + "}"

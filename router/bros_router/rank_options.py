@@ -1,0 +1,36 @@
+"""From the server's configuration and the resolved model to the command line of its ranks."""
+
+from __future__ import annotations
+
+from bros_router.config import ServerConfig
+from bros_router.model_source import ModelFiles
+from bros_shard.options import ShardOptions
+
+
+def rank_options(config: ServerConfig, files: ModelFiles, endpoint: str) -> ShardOptions:
+    """The options of rank 0 in generation 0, without a rendezvous: each generation of ranks has its own.
+
+    Args:
+        endpoint: where the ranks connect.
+    """
+    ranks, model = config.ranks, config.model
+    return ShardOptions(
+        endpoint=endpoint,
+        rendezvous="",
+        model_path=str(files.path),
+        model_id=files.model_id,
+        model_sha=files.sha or "",
+        world_size=ranks.num_shard,
+        device=ranks.device,
+        dtype=model.dtype,
+        kernels=ranks.kernels,
+        block_size=ranks.block_size,
+        kv_memory_bytes=ranks.kv_cache_memory_bytes // ranks.num_shard,
+        kv_slots_limit=ranks.kv_slots_limit,
+        gpu_memory_fraction=ranks.cuda_memory_fraction,
+        max_length=config.batch.max_total_tokens or 0,
+        max_batch_tokens=config.batch.max_batch_prefill_tokens,
+        rope_scaling=model.rope_scaling or "",
+        rope_factor=model.rope_factor or 1.0,
+        num_threads=ranks.cpu_threads,
+    )

@@ -1,0 +1,131 @@
+"""TGI's launcher flags that are no field of our configuration: other spellings, those without effect, those refused.
+
+A flag that would change what clients get is refused; one that tunes what works differently here is accepted, with
+a warning, so that a command line written for TGI starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from bros_router.config import Flag
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignFlag:
+    """A flag whose value is parsed and then not used."""
+
+    flag: Flag
+    #: `int`, `float`, `bool` (a switch) or `str`.
+    type: type
+    #: Why it has no effect, or why it is refused.
+    reason: str
+    #: Values that ask for nothing, so that they are not refused.
+    neutral: tuple[object, ...] = (None, False, "")
+
+    @property
+    def name(self) -> str:
+        """As an identifier: `max_waiting_tokens`."""
+        return self.flag.name.replace("-", "_")
+
+
+def _foreign(name: str, kind: type, help: str, reason: str, **how: object) -> ForeignFlag:
+    neutral = how.pop("neutral", (None, False, ""))
+    return ForeignFlag(Flag(name=name, help=help, **how), kind, reason, neutral)  # type: ignore[arg-type]
+
+
+#: Supported, though they become other fields: `sharded` and `max-input-length` are folded into `num-shard` and
+#: `max-input-tokens`, `env` is no state of the server.
+SHARDED: Final = Flag(
+    name="sharded",
+    help="true: more than one rank (see --num-shard); false: one, unless --num-shard says otherwise.",
+)
+MAX_INPUT_LENGTH: Final = Flag(name="max-input-length", help="Old name of --max-input-tokens.", minimum=1)
+ENV: Final = Flag(name="env", short="e", has_variable=False, help="Log what the server runs on, then start.")
+
+ACCEPTED: Final = (
+    _foreign(
+        "trust-remote-code",
+        bool,
+        "Allow code of the model's repository.",
+        "Nothing of a model's repository is ever executed; models that need their own code are refused.",
+    ),
+    _foreign(
+        "waiting-served-ratio",
+        float,
+        "When a prefill may interrupt decoding.",
+        "Prefill and decode share each step.",
+    ),
+    _foreign(
+        "max-waiting-tokens",
+        int,
+        "Steps before waiting requests are let in.",
+        "Waiting requests may join at every step.",
+    ),
+    _foreign(
+        "max-batch-total-tokens",
+        int,
+        "Tokens that all running requests may hold.",
+        "It is what the KV cache holds: see --kv-cache-memory and --kv-slots-limit.",
+        minimum=1,
+    ),
+    _foreign("cuda-graphs", str, "Batch sizes to capture.", "The kernels choose for themselves."),
+    _foreign("disable-custom-kernels", bool, "Use no kernels of TGI's.", "Those kernels are not here: see --kernels."),
+    _foreign("prometheus-port", int, "Port of the metrics.", "Metrics are on the server's own port, at /metrics."),
+    _foreign(
+        "shard-uds-path",
+        str,
+        "Prefix of the ranks' sockets.",
+        "Sockets are in a private folder, in XDG_RUNTIME_DIR or TMPDIR.",
+    ),
+    _foreign("master-addr", str, "Address of torch.distributed.", "Ranks meet through a file."),
+    _foreign("master-port", int, "Port of torch.distributed.", "Ranks meet through a file."),
+    _foreign(
+        "weights-cache-override",
+        str,
+        "Folder of weights.",
+        "Weights are read where the model is: give that folder as --model-id.",
+    ),
+    _foreign("disable-grammar-support", bool, "Refuse grammars.", "Grammars are not served."),
+    _foreign("otlp-endpoint", str, "Collector of traces.", "Traces are not sent."),
+    _foreign("otlp-service-name", str, "Name in traces.", "Traces are not sent."),
+    _foreign(
+        "usage-stats",
+        str,
+        "What is reported to the makers of TGI.",
+        "Nothing is ever reported.",
+        choices=("on", "off", "no-stack"),
+    ),
+    _foreign("ngrok-authtoken", str, "Token of the tunnel.", "There is no tunnel."),
+    _foreign("ngrok-edge", str, "Edge of the tunnel.", "There is no tunnel."),
+)
+
+REFUSED: Final = (
+    _foreign(
+        "quantize",
+        str,
+        "Quantisation method.",
+        "Quantised weights are not supported yet: serve the original model, with --dtype bfloat16 to save memory.",
+    ),
+    _foreign(
+        "speculate",
+        int,
+        "Tokens to speculate on.",
+        "Speculation is not supported yet: leave it out.",
+        neutral=(None, 0),
+    ),
+    _foreign(
+        "kv-cache-dtype",
+        str,
+        "Number format of the KV cache.",
+        "The KV cache has the format of the model: see --dtype.",
+    ),
+    _foreign("lora-adapters", str, "Adapters to load.", "Adapters are not supported yet: merge one into the model."),
+    _foreign("watermark-gamma", float, "Share of green tokens.", "Watermarks are not supported yet."),
+    _foreign("watermark-delta", float, "Bias of green tokens.", "Watermarks are not supported yet."),
+    _foreign(
+        "enable-prefill-logprobs", bool, "Serve the prompt's logprobs.", "The prompt's logprobs are not served yet."
+    ),
+    _foreign("ngrok", bool, "Open a tunnel.", "The server opens no tunnel: put a proxy in front."),
+)

@@ -1,0 +1,104 @@
+"""Typed reading of a model's config.json: a field that cannot be honoured refuses the model, by the field's name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+#: Fields that change the weights' meaning in ways no model here knows.
+_REFUSED_FIELDS: Final = ("quantization_config", "compression_config")
+
+
+class UnsupportedModelError(Exception):
+    """The model cannot be served as it was made. The text names the field of its config.json."""
+
+
+class ConfigFields:
+    """The fields of a config.json, or of an object inside one.
+
+    Readers take a default for fields that may be absent; without one, an absent field is refused, as is a `null`
+    and a value of another type. All raise `UnsupportedModelError`.
+    """
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+        self._values = values
+        self._prefix = prefix
+
+    @classmethod
+    def load(cls, folder: Path) -> ConfigFields:
+        """Read `folder`/config.json."""
+        try:
+            values = json.loads((folder / "config.json").read_bytes())
+        except OSError:
+            raise UnsupportedModelError("the model folder has no readable config.json") from None
+        except ValueError:
+            raise UnsupportedModelError("config.json is not JSON") from None
+        if not isinstance(values, dict):
+            raise UnsupportedModelError("config.json is not a JSON object")
+        fields = cls(values)
+        for name in _REFUSED_FIELDS:
+            if not fields.is_null(name):
+                raise fields.refusal(name, "quantised weights are not supported")
+        return fields
+
+    def is_null(self, name: str) -> bool:
+        """Whether the field is absent or null."""
+        return self._values.get(name) is None
+
+    def has(self, name: str) -> bool:
+        """Whether the field is there, be it null."""
+        return name in self._values
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1) -> int:
+        """An integer of at least `minimum`."""
+        value: int = self._value(name, int, default)
+        if value < minimum:
+            raise self.refusal(name, f"must be at least {minimum}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A positive, finite number."""
+        value = self._value(name, (int, float), default)
+        if not 0.0 < value < float("inf"):
+            raise self.refusal(name, "must be a positive number")
+        return float(value)
+
+    def boolean(self, name: str, default: bool | None = None) -> bool:
+        """true or false."""
+        value: bool = self._value(name, bool, default)
+        return value
+
+    def text(self, name: str, default: str | None = None) -> str:
+        """A string."""
+        value: str = self._value(name, str, default)
+        return value
+
+    def items(self, name: str) -> list[Any]:
+        """An array, unchecked."""
+        value: list[Any] = self._value(name, list, None)
+        return value
+
+    def object(self, name: str) -> ConfigFields:
+        """An object's fields; none where it is absent or null."""
+        return ConfigFields(self._value(name, dict, {}), f"{self._prefix}{name}.")
+
+    def updated(self, values: Mapping[str, Any]) -> ConfigFields:
+        """These fields with some replaced."""
+        return ConfigFields({**self._values, **values}, self._prefix)
+
+    def refusal(self, name: str, reason: str) -> UnsupportedModelError:
+        """The error that refuses the model for this field's value."""
+        return UnsupportedModelError(f"config.json: {self._prefix}{name} = {self._values.get(name)!r}: {reason}")
+
+    def _value(self, name: str, types: type[Any] | tuple[type[Any], ...], default: Any) -> Any:
+        value = self._values.get(name)
+        if value is None:
+            if default is None:
+                raise self.refusal(name, "the model needs this field")
+            return default
+        is_bool_by_mistake = isinstance(value, bool) and types is not bool
+        if is_bool_by_mistake or not isinstance(value, types):
+            raise self.refusal(name, "is of the wrong type")
+        return value

@@ -1,0 +1,254 @@
+"""The layers that decoders share, each already this rank's slice and holding weights, not parameters to be filled.
+
+Sequences are flattened: activations are (T, features) for the T tokens of a step, whichever sequences they are of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Final, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bros_kernels.paged_attention import PagedAttention
+from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.linear import Linear, make_linear
+from bros_shard.models.model import LayerKV
+from bros_shard.models.rotary import rotate
+from bros_shard.parallel import ParallelGroup
+from bros_shard.weights import RankWeights
+
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+
+
+def _gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+_ACTIVATIONS: Final[dict[str, Activation]] = {
+    "silu": F.silu,
+    "swish": F.silu,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_new": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+}
+
+
+def read_activation(config: ConfigFields, name: str, default: str) -> Activation:
+    """The function that a config field names; raises `UnsupportedModelError` where it is not known."""
+    activation = _ACTIVATIONS.get(config.text(name, default))
+    if activation is None:
+        raise config.refusal(name, "this activation is not supported")
+    return activation
+
+
+def column_parallel(
+    weights: RankWeights, names: Sequence[str], out_features: int, in_features: int, has_bias: bool
+) -> Linear:
+    """One product for several projections of the same shape, each split by output features over the ranks.
+
+    The result holds this rank's features of the first projection, then those of the next.
+    """
+    shape = (out_features, in_features)
+    weight = torch.cat([weights.rows(f"{name}.weight", shape) for name in names])
+    bias = torch.cat([weights.rows(f"{name}.bias", shape[:1]) for name in names]) if has_bias else None
+    return make_linear(weight, bias)
+
+
+def row_parallel(weights: RankWeights, name: str, out_features: int, in_features: int, has_bias: bool) -> Linear:
+    """A projection split by input features over the ranks, whose results are summed."""
+    weight = weights.columns(f"{name}.weight", (out_features, in_features))
+    bias = weights.whole(f"{name}.bias", (out_features,)) if has_bias else None
+    # One rank adds the bias, so that the sum holds it once.
+    linear = make_linear(weight, bias if weights.parallel.rank == 0 else None)
+    if weights.parallel.world_size == 1:
+        return linear
+    all_reduce = weights.parallel.all_reduce
+    return lambda x: all_reduce(linear(x))
+
+
+class RMSNorm:
+    """x / rms(x) * weight, over the last dimension."""
+
+    def __init__(self, weights: RankWeights, name: str, size: int, eps: float) -> None:
+        self._weight = weights.whole(f"{name}.weight", (size,))
+        self._eps = eps
+        self._shape = (size,)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._shape, self._weight, self._eps)
+
+
+class LayerNorm:
+    """(x - mean) / deviation, then scaled and shifted where it has weights."""
+
+    def __init__(self, weights: RankWeights, name: str, size: int, has_weights: bool, eps: float = 1e-5) -> None:
+        self._shape = (size,)
+        self._weight = weights.whole(f"{name}.weight", (size,)) if has_weights else None
+        self._bias = weights.whole(f"{name}.bias", (size,)) if has_weights else None
+        self._eps = eps
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self._shape, self._weight, self._bias, self._eps)
+
+
+class Vocabulary:
+    """The token embedding and the language-model head, each holding this rank's share of the vocabulary."""
+
+    def __init__(
+        self, weights: RankWeights, embedding_name: str, head_name: str | None, vocab_size: int, size: int
+    ) -> None:
+        """`head_name` is None where the head is tied to the embedding."""
+        self._parallel = weights.parallel
+        self._vocab_size = vocab_size
+        self._embedding = weights.padded_rows(f"{embedding_name}.weight", (vocab_size, size))
+        head = self._embedding
+        if head_name is not None:
+            head = weights.padded_rows(f"{head_name}.weight", (vocab_size, size))
+        self._head = make_linear(head)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """(T) token ids to (T, size)."""
+        if self._parallel.world_size == 1:
+            return F.embedding(input_ids, self._embedding)
+        local_ids = input_ids - self._parallel.rank * self._embedding.shape[0]
+        is_elsewhere = (local_ids < 0) | (local_ids >= self._embedding.shape[0])
+        embedded = F.embedding(local_ids.masked_fill(is_elsewhere, 0), self._embedding)
+        return self._parallel.all_reduce(embedded.masked_fill_(is_elsewhere[:, None], 0.0))
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """(rows, size) to (rows, vocab_size) on rank 0, None on the others."""
+        logits = self._parallel.gather_last_dim(self._head(hidden))
+        return None if logits is None else logits[:, : self._vocab_size]
+
+
+class Attention:
+    """Self-attention over the paged region: projections, rotation where the model has it, softmax, projection."""
+
+    def __init__(
+        self,
+        weights: RankWeights,
+        prefix: str,
+        *,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        has_qkv_bias: bool,
+        has_output_bias: bool,
+        output_name: str = "o_proj",
+        qk_norm_eps: float | None = None,
+        window: int | None = None,
+    ) -> None:
+        """`qk_norm_eps`: queries and keys of each head are RMS-normalised, unless None."""
+        world_size = weights.parallel.world_size
+        kv_parts = min(num_kv_heads, world_size)
+        self._num_heads = num_heads // world_size
+        self._num_kv_heads = num_kv_heads // kv_parts
+        self._head_dim = head_dim
+        self._scale = head_dim**-0.5
+        self._window = window
+        shapes = {
+            "q_proj": (num_heads * head_dim, world_size),
+            "k_proj": (num_kv_heads * head_dim, kv_parts),
+            "v_proj": (num_kv_heads * head_dim, kv_parts),
+        }
+        weight = [
+            weights.rows(f"{prefix}.{name}.weight", (rows, hidden_size), parts)
+            for name, (rows, parts) in shapes.items()
+        ]
+        bias = None
+        if has_qkv_bias:
+            bias = torch.cat(
+                [weights.rows(f"{prefix}.{name}.bias", (rows,), parts) for name, (rows, parts) in shapes.items()]
+            )
+        self._qkv = make_linear(torch.cat(weight), bias)
+        self._output = row_parallel(
+            weights, f"{prefix}.{output_name}", hidden_size, num_heads * head_dim, has_output_bias
+        )
+        self._q_norm = self._k_norm = None
+        if qk_norm_eps is not None:
+            self._q_norm = RMSNorm(weights, f"{prefix}.q_norm", head_dim, qk_norm_eps)
+            self._k_norm = RMSNorm(weights, f"{prefix}.k_norm", head_dim, qk_norm_eps)
+
+    def __call__(
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, kv: LayerKV, attention: PagedAttention
+    ) -> Tensor:
+        """`angles`: `Rotary.angles` of the tokens' positions, None for a model without rotation."""
+        num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
+        qkv = self._qkv(x).view(len(x), num_heads + 2 * num_kv_heads, self._head_dim)
+        q, k, v = qkv.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
+        if self._q_norm is not None and self._k_norm is not None:
+            q, k = self._q_norm(q), self._k_norm(k)
+            if angles is not None:
+                q, k = rotate(q, *angles), rotate(k, *angles)
+        elif angles is not None:
+            rotated = rotate(qkv[:, : num_heads + num_kv_heads], *angles)
+            q, k = rotated[:, :num_heads], rotated[:, num_heads:]
+        attention.write_kv(*kv, k, v)
+        attended = attention.attend(q, *kv, self._scale, self._window)
+        return self._output(attended.view(len(x), -1))
+
+
+class GatedMLP:
+    """down(activation(gate(x)) * up(x))."""
+
+    def __init__(
+        self,
+        weights: RankWeights,
+        prefix: str,
+        hidden_size: int,
+        inner_size: int,
+        activation: Activation,
+        has_bias: bool,
+    ) -> None:
+        names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
+        self._gate_up = column_parallel(weights, names, inner_size, hidden_size, has_bias)
+        self._down = row_parallel(weights, f"{prefix}.down_proj", hidden_size, inner_size, has_bias)
+        self._activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self._gate_up(x).chunk(2, -1)
+        return self._down(self._activation(gate).mul_(up))
+
+
+class MLP:
+    """out(activation(in(x)))."""
+
+    def __init__(
+        self,
+        weights: RankWeights,
+        names: tuple[str, str],
+        hidden_size: int,
+        inner_size: int,
+        activation: Activation,
+        has_bias: bool,
+    ) -> None:
+        self._in = column_parallel(weights, names[:1], inner_size, hidden_size, has_bias)
+        self._out = row_parallel(weights, names[1], hidden_size, inner_size, has_bias)
+        self._activation = activation
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._out(self._activation(self._in(x)))
+
+
+def check_divisible(parallel: ParallelGroup, num_heads: int, num_kv_heads: int, inner_size: int) -> None:
+    """Refuse a model that cannot be split evenly over the ranks.
+
+    Heads and the MLP's inner size must divide by the world size. KV heads too, unless there are fewer of them:
+    then several ranks hold the same one, and the world size must divide by them.
+
+    Raises:
+        UnsupportedModelError
+    """
+    world_size = parallel.world_size
+    if num_heads % num_kv_heads:
+        raise UnsupportedModelError(f"{num_heads} attention heads do not share {num_kv_heads} key-value heads evenly")
+    for count, name in ((num_heads, "attention heads"), (inner_size, "features of the MLP")):
+        if count % world_size:
+            raise UnsupportedModelError(f"{count} {name} cannot be split over {world_size} ranks")
+    if num_kv_heads % world_size and world_size % num_kv_heads:
+        raise UnsupportedModelError(f"{num_kv_heads} key-value heads cannot be split over {world_size} ranks")

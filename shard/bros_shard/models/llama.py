@@ -1,0 +1,146 @@
+"""The Llama decoder, which Mistral, Qwen2 and Qwen3 share but for biases, windows and normalised heads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from bros_kernels.paged_attention import PagedAttention
+from bros_shard.model_config import ConfigFields
+from bros_shard.models.layers import (
+    Activation,
+    Attention,
+    GatedMLP,
+    RMSNorm,
+    Vocabulary,
+    check_divisible,
+    read_activation,
+)
+from bros_shard.models.model import KVShape, LayerKV, ModelLimits
+from bros_shard.models.rotary import RopeFrequencies, Rotary, read_rope
+from bros_shard.weights import RankWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """What makes one model of the Llama kind differ from another."""
+
+    vocab_size: int
+    hidden_size: int
+    inner_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    activation: Activation
+    rope: RopeFrequencies
+    is_head_tied: bool
+    max_length: int
+    has_qkv_bias: bool = False
+    has_output_bias: bool = False
+    has_mlp_bias: bool = False
+    has_qk_norm: bool = False
+    windows: tuple[int | None, ...] = ()  # of each layer; empty: no layer has one
+
+
+def read_dimensions(config: ConfigFields, limits: ModelLimits, num_kv_heads: int | None = None) -> LlamaConfig:
+    """What all families of this kind write alike.
+
+    Args:
+        num_kv_heads: the family's own default; None: as many as attention heads.
+    """
+    hidden_size = config.integer("hidden_size")
+    num_heads = config.integer("num_attention_heads")
+    head_dim = config.integer("head_dim", hidden_size // num_heads)
+    if head_dim % 2:
+        raise config.refusal("head_dim", "must be even")
+    max_length = limits.max_length or limits.extended(config.integer("max_position_embeddings"))
+    return LlamaConfig(
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        inner_size=config.integer("intermediate_size"),
+        num_layers=config.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_kv_heads=config.integer("num_key_value_heads", num_kv_heads or num_heads),
+        head_dim=head_dim,
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        activation=read_activation(config, "hidden_act", "silu"),
+        rope=read_rope(config, head_dim, max_length, limits.rope_override),
+        is_head_tied=config.boolean("tie_word_embeddings", False),
+        max_length=max_length,
+    )
+
+
+def read_llama(config: ConfigFields, limits: ModelLimits) -> LlamaConfig:
+    """`LlamaForCausalLM`."""
+    has_attention_bias = config.boolean("attention_bias", False)
+    return replace(
+        read_dimensions(config, limits),
+        has_qkv_bias=has_attention_bias,
+        has_output_bias=has_attention_bias,
+        has_mlp_bias=config.boolean("mlp_bias", False),
+    )
+
+
+class Llama:
+    """Implements `CausalLM`."""
+
+    def __init__(self, config: LlamaConfig, weights: RankWeights) -> None:
+        check_divisible(weights.parallel, config.num_heads, config.num_kv_heads, config.inner_size)
+        self.vocab_size = config.vocab_size
+        self.max_length = config.max_length
+        num_local_kv_heads = max(1, config.num_kv_heads // weights.parallel.world_size)
+        self.kv_shape = KVShape(config.num_layers, num_local_kv_heads, config.head_dim)
+        self._vocabulary = Vocabulary(
+            weights,
+            "model.embed_tokens",
+            None if config.is_head_tied else "lm_head",
+            config.vocab_size,
+            config.hidden_size,
+        )
+        self._rotary = Rotary(config.rope, weights.device, weights.dtype)
+        self._layers = [LlamaLayer(config, weights, index) for index in range(config.num_layers)]
+        self._norm = RMSNorm(weights, "model.norm", config.hidden_size, config.norm_eps)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: Sequence[LayerKV], attention: PagedAttention) -> Tensor:
+        """See `CausalLM.forward`."""
+        hidden = self._vocabulary.embed(input_ids)
+        angles = self._rotary.angles(positions)
+        for layer, layer_kv in zip(self._layers, kv, strict=True):
+            hidden = layer(hidden, angles, layer_kv, attention)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """See `CausalLM.logits`."""
+        return self._vocabulary.logits(self._norm(hidden))
+
+
+class LlamaLayer:
+    """Attention and a gated MLP, each normalised before and added to what came in."""
+
+    def __init__(self, config: LlamaConfig, weights: RankWeights, index: int) -> None:
+        prefix = f"model.layers.{index}"
+        self._attention_norm = RMSNorm(weights, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
+        self._attention = Attention(
+            weights,
+            f"{prefix}.self_attn",
+            hidden_size=config.hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            has_qkv_bias=config.has_qkv_bias,
+            has_output_bias=config.has_output_bias,
+            qk_norm_eps=config.norm_eps if config.has_qk_norm else None,
+            window=config.windows[index] if config.windows else None,
+        )
+        self._mlp_norm = RMSNorm(weights, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps)
+        self._mlp = GatedMLP(
+            weights, f"{prefix}.mlp", config.hidden_size, config.inner_size, config.activation, config.has_mlp_bias
+        )
+
+    def __call__(self, hidden: Tensor, angles: tuple[Tensor, Tensor], kv: LayerKV, attention: PagedAttention) -> Tensor:
+        hidden = self._attention(self._attention_norm(hidden), angles, kv, attention).add_(hidden)
+        return self._mlp(self._mlp_norm(hidden)).add_(hidden)

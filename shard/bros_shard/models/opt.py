@@ -1,0 +1,167 @@
+"""The OPT decoder: learned positions, LayerNorm before or after each part, a plain MLP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from bros_kernels.paged_attention import PagedAttention
+from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.layers import (
+    MLP,
+    Activation,
+    Attention,
+    LayerNorm,
+    Vocabulary,
+    check_divisible,
+    read_activation,
+)
+from bros_shard.models.linear import Linear, make_linear
+from bros_shard.models.model import KVShape, LayerKV, ModelLimits
+from bros_shard.weights import RankWeights
+
+#: The table of learned positions begins with rows that no position uses.
+_NUM_UNUSED_POSITIONS = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class OPTConfig:
+    """What makes one OPT model differ from another."""
+
+    vocab_size: int
+    hidden_size: int
+    embedding_size: int
+    inner_size: int
+    num_layers: int
+    num_heads: int
+    num_positions: int
+    max_length: int
+    activation: Activation
+    has_bias: bool
+    has_norm_weights: bool
+    is_norm_first: bool
+    has_final_norm: bool
+    is_head_tied: bool
+
+
+def read_opt(config: ConfigFields, limits: ModelLimits) -> OPTConfig:
+    """`OPTForCausalLM`. Positions are learned, so neither rotary scaling nor a longer sequence is possible."""
+    if limits.rope_override is not None:
+        raise UnsupportedModelError("rope_scaling: the model has no rotary embedding")
+    num_positions = config.integer("max_position_embeddings")
+    max_length = limits.max_length or num_positions
+    if max_length > num_positions:
+        raise config.refusal("max_position_embeddings", f"sequences of {max_length} tokens were asked for")
+    hidden_size = config.integer("hidden_size")
+    num_heads = config.integer("num_attention_heads")
+    if hidden_size % num_heads:
+        raise config.refusal("num_attention_heads", f"does not divide hidden_size = {hidden_size}")
+    is_norm_first = config.boolean("do_layer_norm_before", True)
+    return OPTConfig(
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        embedding_size=config.integer("word_embed_proj_dim", hidden_size),
+        inner_size=config.integer("ffn_dim"),
+        num_layers=config.integer("num_hidden_layers"),
+        num_heads=num_heads,
+        num_positions=num_positions,
+        max_length=max_length,
+        activation=read_activation(config, "activation_function", "relu"),
+        has_bias=config.boolean("enable_bias", True),
+        has_norm_weights=config.boolean("layer_norm_elementwise_affine", True),
+        is_norm_first=is_norm_first,
+        has_final_norm=is_norm_first and not config.boolean("_remove_final_layer_norm", False),
+        is_head_tied=config.boolean("tie_word_embeddings", True),
+    )
+
+
+class OPT:
+    """Implements `CausalLM`."""
+
+    def __init__(self, config: OPTConfig, weights: RankWeights) -> None:
+        check_divisible(weights.parallel, config.num_heads, config.num_heads, config.inner_size)
+        # The first OPT checkpoints were saved without the outer module.
+        decoder = "model.decoder" if "model.decoder.embed_tokens.weight" in weights.checkpoint else "decoder"
+        hidden_size, embedding_size = config.hidden_size, config.embedding_size
+        self.vocab_size = config.vocab_size
+        self.max_length = config.max_length
+        num_local_heads = config.num_heads // weights.parallel.world_size
+        self.kv_shape = KVShape(config.num_layers, num_local_heads, hidden_size // config.num_heads)
+        self._vocabulary = Vocabulary(
+            weights,
+            f"{decoder}.embed_tokens",
+            None if config.is_head_tied else "lm_head",
+            config.vocab_size,
+            embedding_size,
+        )
+        positions_shape = (config.num_positions + _NUM_UNUSED_POSITIONS, hidden_size)
+        self._positions = weights.whole(f"{decoder}.embed_positions.weight", positions_shape)[_NUM_UNUSED_POSITIONS:]
+        self._project_in: Linear | None = None
+        self._project_out: Linear | None = None
+        if embedding_size != hidden_size:
+            into = weights.whole(f"{decoder}.project_in.weight", (hidden_size, embedding_size))
+            out = weights.whole(f"{decoder}.project_out.weight", (embedding_size, hidden_size))
+            self._project_in, self._project_out = make_linear(into), make_linear(out)
+        self._layers = [OPTLayer(config, weights, f"{decoder}.layers.{index}") for index in range(config.num_layers)]
+        self._final_norm: LayerNorm | None = None
+        if config.has_final_norm:
+            self._final_norm = LayerNorm(weights, f"{decoder}.final_layer_norm", hidden_size, config.has_norm_weights)
+
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: Sequence[LayerKV], attention: PagedAttention) -> Tensor:
+        """See `CausalLM.forward`."""
+        hidden = self._vocabulary.embed(input_ids)
+        if self._project_in is not None:
+            hidden = self._project_in(hidden)
+        hidden = hidden + F.embedding(positions, self._positions)
+        for layer, layer_kv in zip(self._layers, kv, strict=True):
+            hidden = layer(hidden, layer_kv, attention)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """See `CausalLM.logits`."""
+        if self._final_norm is not None:
+            hidden = self._final_norm(hidden)
+        if self._project_out is not None:
+            hidden = self._project_out(hidden)
+        return self._vocabulary.logits(hidden)
+
+
+class OPTLayer:
+    """Attention and an MLP, each added to what came in, normalised before it or (350m) after the sum."""
+
+    def __init__(self, config: OPTConfig, weights: RankWeights, prefix: str) -> None:
+        hidden_size = config.hidden_size
+        self._is_norm_first = config.is_norm_first
+        self._attention_norm = LayerNorm(
+            weights, f"{prefix}.self_attn_layer_norm", hidden_size, config.has_norm_weights
+        )
+        self._attention = Attention(
+            weights,
+            f"{prefix}.self_attn",
+            hidden_size=hidden_size,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_heads,
+            head_dim=hidden_size // config.num_heads,
+            has_qkv_bias=config.has_bias,
+            has_output_bias=config.has_bias,
+            output_name="out_proj",
+        )
+        self._mlp_norm = LayerNorm(weights, f"{prefix}.final_layer_norm", hidden_size, config.has_norm_weights)
+        self._mlp = MLP(
+            weights,
+            (f"{prefix}.fc1", f"{prefix}.fc2"),
+            hidden_size,
+            config.inner_size,
+            config.activation,
+            config.has_bias,
+        )
+
+    def __call__(self, hidden: Tensor, kv: LayerKV, attention: PagedAttention) -> Tensor:
+        if self._is_norm_first:
+            hidden = hidden + self._attention(self._attention_norm(hidden), None, kv, attention)
+            return hidden + self._mlp(self._mlp_norm(hidden))
+        hidden = self._attention_norm(hidden + self._attention(hidden, None, kv, attention))
+        return self._mlp_norm(hidden + self._mlp(hidden))

@@ -1,0 +1,44 @@
+"""Qwen2 and Qwen3: the Llama decoder with biases or normalised heads, and windows in some layers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from bros_shard.model_config import ConfigFields
+from bros_shard.models.llama import LlamaConfig, read_dimensions
+from bros_shard.models.model import ModelLimits
+
+
+def read_qwen2(config: ConfigFields, limits: ModelLimits) -> LlamaConfig:
+    """`Qwen2ForCausalLM`."""
+    dimensions = read_dimensions(config, limits, num_kv_heads=32)
+    return replace(dimensions, has_qkv_bias=True, windows=_windows(config, dimensions.num_layers))
+
+
+def read_qwen3(config: ConfigFields, limits: ModelLimits) -> LlamaConfig:
+    """`Qwen3ForCausalLM`. An absent `head_dim` means 128."""
+    if config.is_null("head_dim"):
+        config = config.updated({"head_dim": 128})
+    dimensions = read_dimensions(config, limits, num_kv_heads=32)
+    has_bias = config.boolean("attention_bias", False)
+    return replace(
+        dimensions,
+        has_qk_norm=True,
+        has_qkv_bias=has_bias,
+        has_output_bias=has_bias,
+        windows=_windows(config, dimensions.num_layers),
+    )
+
+
+def _windows(config: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
+    """The window of each layer, from `layer_types` where the config has them, else from `max_window_layers`."""
+    window: int | None = None
+    if config.boolean("use_sliding_window", False):
+        window = config.integer("sliding_window", 4096)
+    if config.is_null("layer_types"):
+        first_windowed = config.integer("max_window_layers", 28, minimum=0)
+        return tuple(window if index >= first_windowed else None for index in range(num_layers))
+    layer_types = config.items("layer_types")
+    if len(layer_types) != num_layers or set(layer_types) - {"full_attention", "sliding_attention"}:
+        raise config.refusal("layer_types", f"must say full_attention or sliding_attention for {num_layers} layers")
+    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)

@@ -1,0 +1,74 @@
+"""Which architectures are served, by the name that config.json gives them, and how one is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, TypeAlias
+
+import torch
+
+from bros_shard.model_config import ConfigFields
+from bros_shard.models.llama import Llama, read_llama
+from bros_shard.models.mistral import read_mistral
+from bros_shard.models.model import CausalLM, ModelLimits
+from bros_shard.models.opt import OPT, read_opt
+from bros_shard.models.qwen import read_qwen2, read_qwen3
+from bros_shard.parallel import ParallelGroup
+from bros_shard.weights import Checkpoint, OnProgress, RankWeights
+
+#: Reads a family's config; builds the model from what was read.
+_Family: TypeAlias = tuple[Callable[[ConfigFields, ModelLimits], Any], Callable[[Any, RankWeights], CausalLM]]
+
+_FAMILIES: Final[dict[str, _Family]] = {
+    "LlamaForCausalLM": (read_llama, Llama),
+    "MistralForCausalLM": (read_mistral, Llama),
+    "Qwen2ForCausalLM": (read_qwen2, Llama),
+    "Qwen3ForCausalLM": (read_qwen3, Llama),
+    "OPTForCausalLM": (read_opt, OPT),
+}
+
+#: Tensors that some checkpoints carry and no model reads: a tied head's copy, frequencies that are computed.
+_IGNORED_TENSORS: Final = ("lm_head.weight", ".rotary_emb.inv_freq")
+
+DTYPES: Final = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def read_dtype(config: ConfigFields) -> torch.dtype:
+    """The dtype that config.json says the weights were made in; float32 where it says nothing."""
+    name = "dtype" if not config.is_null("dtype") else "torch_dtype"
+    dtype = DTYPES.get(config.text(name, "float32"))
+    if dtype is None:
+        raise config.refusal(name, "this dtype is not supported")
+    return dtype
+
+
+def load_model(
+    folder: Path,
+    config: ConfigFields,
+    parallel: ParallelGroup,
+    device: torch.device,
+    dtype: torch.dtype,
+    limits: ModelLimits,
+    on_progress: OnProgress = lambda done, total: None,
+) -> CausalLM:
+    """Load this rank's slice of the model in `folder`, whose config.json is `config`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served as it was made, or not on so many ranks.
+        CheckpointError: its weights are not what the config says.
+    """
+    architectures = config.items("architectures")
+    known = [name for name in architectures if name in _FAMILIES]
+    if not known:
+        raise config.refusal("architectures", f"supported are {', '.join(sorted(_FAMILIES))}")
+    read_config, build = _FAMILIES[known[0]]
+    model_config = read_config(config, limits)
+    with Checkpoint(folder, on_progress) as checkpoint:
+        model = build(model_config, RankWeights(checkpoint, parallel, device, dtype))
+        checkpoint.check_all_taken(_IGNORED_TENSORS)
+    return model

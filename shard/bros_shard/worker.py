@@ -1,0 +1,261 @@
+"""One rank's model, memory and sampler, and the execution of one step's plan. It decides nothing."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeAlias
+
+import structlog
+import torch
+from torch import Tensor
+
+from bros_kernels.paged_attention import select_backend
+from bros_shard.batch import StepBatch, build_batch, build_sampling_batch
+from bros_shard.kv_cache import KVCache, block_bytes
+from bros_shard.memory import InsufficientMemoryError, available_bytes
+from bros_shard.model_config import ConfigFields
+from bros_shard.models.model import ModelLimits
+from bros_shard.models.registry import DTYPES, load_model, read_dtype
+from bros_shard.models.rotary import RopeOverride
+from bros_shard.options import ShardOptions
+from bros_shard.parallel import ParallelGroup
+from bros_shard.protocol import SequenceResult, StepPlan, StepShape
+from bros_shard.rehearsal import PROFILED_SCENES, Rehearsal, largest_scenes
+from bros_shard.sampling.sampler import SampledTokens, Sampler
+from bros_shard.sequences import SequenceTable, TokenPool
+
+#: Called with (phase, number done, number in total); the phase is "loading" (bytes) or "warming" (steps).
+OnProgress: TypeAlias = Callable[[str, int, int], None]
+
+#: What a client may be told of a sequence that the model had no answer for.
+NO_TOKEN_FAULT: Final = "the model produced no valid token"
+#: Warming up begins no further step after this long.
+_WARM_UP_BUDGET_S: Final = 2.5
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a step gave its sequences, in the plan's order. Empty on ranks other than 0."""
+
+    sequences: list[SequenceResult] = field(default_factory=list)
+    #: On a GPU, time spent issuing the forward pass; what it has left to run is waited for while sampling.
+    forward_s: float = 0.0
+    sampling_s: float = 0.0
+
+
+class Worker:
+    """Everything one rank holds. All ranks must be given the same plans, in the same order."""
+
+    def __init__(self, options: ShardOptions, on_progress: OnProgress = lambda phase, done, total: None) -> None:
+        """Load this rank's slice of the model and allocate its KV region.
+
+        Raises:
+            UnsupportedModelError, CheckpointError: the model cannot be served.
+            UnknownBackendError: `options.kernels` names no attention backend.
+            InsufficientMemoryError: there is no room for a single block.
+        """
+        self._options = options
+        self._on_progress = on_progress
+        self._device = _device(options)
+        num_cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(options.num_threads or max(1, num_cores // options.world_size))
+        self._backend = select_backend(options.kernels)
+        self._parallel = ParallelGroup(options.rank, options.world_size, options.rendezvous, self._device.type)
+        folder = Path(options.model_path)
+        config = ConfigFields.load(folder)
+        self._dtype = _dtype(options, config, self._device)
+        self._model = load_model(
+            folder,
+            config,
+            self._parallel,
+            self._device,
+            self._dtype,
+            _limits(options),
+            lambda done, total: on_progress("loading", done, total),
+        )
+        self._sampler = Sampler()
+        self.block_bytes = block_bytes(self._model.kv_shape, options.block_size, self._dtype)
+        self._install_region(self._choose_num_blocks())
+
+    @property
+    def vocab_size(self) -> int:
+        """Tokens the model knows."""
+        return self._model.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Most tokens a sequence may hold."""
+        return self._model.max_length
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the KV region; the same on all ranks."""
+        return self._cache.num_blocks
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype of weights and KV region, as config.json would write it."""
+        return str(self._dtype).removeprefix("torch.")
+
+    @property
+    def device_name(self) -> str:
+        """`cpu`, or the GPU's product name in the form of TGI's `x-compute-type`."""
+        if self._device.type == "cpu":
+            return "cpu"
+        return torch.cuda.get_device_name(self._device).replace(" ", "-").lower()
+
+    def warm_up(self) -> list[tuple[StepShape, float]]:
+        """Run made-up steps, so that the first real one is not the slowest. Returns what each took, in seconds."""
+        rehearsal = self._rehearsal()
+        started_s = time.monotonic()
+        points = []
+        scenes = [*PROFILED_SCENES, *largest_scenes(self._options.max_batch_tokens, self.max_length)[:1]]
+        for index, scene in enumerate(scenes):
+            is_in_time = time.monotonic() - started_s < _WARM_UP_BUDGET_S
+            if not self._parallel.minimum(is_in_time, self._device):
+                break
+            self._on_progress("warming", index, len(scenes))
+            scene = scene.clipped(self.max_length, self._options.max_batch_tokens)
+            points.append((scene.shape(), rehearsal.run(scene)))
+        self._on_progress("warming", len(scenes), len(scenes))
+        return points
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> StepOutput:
+        """Run one step.
+
+        Raises:
+            PlanError: the plan contradicts what this rank knows.
+            RuntimeError: the device or a peer failed.
+        """
+        sequences = self._sequences.apply(plan)
+        self._copy(plan)
+        if not sequences:
+            return StepOutput()
+        started_s = time.monotonic()
+        batch = build_batch(plan.sequences, sequences, self._pool, self._cache.block_size, self._device)
+        attention = self._backend(batch.attention, self._dtype)
+        hidden = self._model.forward(batch.input_ids, batch.positions, self._cache.layers, attention)
+        logits = None
+        if batch.sampled:
+            logits = self._model.logits(hidden.index_select(0, batch.sampled_tokens))
+        forward_done_s = time.monotonic()
+        sampled = self._sample(batch, logits)
+        results = self._results(plan, batch, sampled) if self._options.rank == 0 else []
+        return StepOutput(results, forward_done_s - started_s, time.monotonic() - forward_done_s)
+
+    def _copy(self, plan: StepPlan) -> None:
+        """Host copies out, tail moves, host copies in: in this order, since one may free the slots of the next."""
+        self._sequences.check_copies(plan.tail_moves, [*plan.copies_out, *plan.copies_in], self._cache.num_host_blocks)
+        self._cache.copy_out(plan.copies_out)
+        self._cache.move_tails(plan.tail_moves)
+        self._cache.copy_in(plan.copies_in)
+
+    def _sample(self, batch: StepBatch, logits: Tensor | None) -> SampledTokens | None:
+        """Choose on rank 0 (which has logits), and append the tokens to their sequences on every rank."""
+        if not batch.sampled:
+            return None
+        sampled = None
+        if logits is not None:
+            sampled = self._sampler.sample(logits, build_sampling_batch(batch, self._pool))
+            token_ids = sampled.token_ids
+        else:
+            token_ids = torch.empty(len(batch.sampled), dtype=torch.int64, device=self._device)
+        self._parallel.broadcast(token_ids)
+        self._pool.write(batch.sampled_rows, batch.sampled_columns, token_ids)
+        for sequence in batch.sampled:
+            sequence.num_known_tokens += 1
+        return sampled
+
+    def _results(self, plan: StepPlan, batch: StepBatch, sampled: SampledTokens | None) -> list[SequenceResult]:
+        results = {step.sequence_id: SequenceResult(step.sequence_id) for step in plan.sequences}
+        if sampled is not None:
+            columns = sampled.token_ids.tolist(), sampled.logprobs.tolist(), sampled.is_valid.tolist()
+            for sequence, token_id, logprob, is_valid in zip(batch.sampled, *columns, strict=True):
+                results[sequence.sequence_id] = _result(sequence.sequence_id, token_id, logprob, is_valid)
+        return list(results.values())
+
+    def _install_region(self, num_blocks: int) -> None:
+        """Allocate a region and forget all sequences."""
+        options = self._options
+        self._cache = KVCache(
+            self._model.kv_shape, num_blocks, options.block_size, options.num_host_blocks, self._dtype, self._device
+        )
+        self._pool = TokenPool(self._device)
+        self._sequences = SequenceTable(self._pool, self.vocab_size, self.max_length, num_blocks, options.block_size)
+
+    def _choose_num_blocks(self) -> int:
+        options = self._options
+        if options.kv_memory_bytes:
+            num_bytes = options.kv_memory_bytes
+        elif self._device.type == "cpu":
+            num_bytes = available_bytes() // 4 // options.world_size
+        else:
+            num_bytes = self._measure_gpu_room()
+        num_blocks = num_bytes // self.block_bytes
+        if options.kv_slots_limit:
+            num_blocks = min(num_blocks, options.kv_slots_limit // options.block_size)
+        num_blocks = self._parallel.minimum(num_blocks, self._device)
+        if num_blocks < 1:
+            raise InsufficientMemoryError(
+                f"{num_bytes} bytes hold no KV block of {options.block_size} slots ({self.block_bytes} bytes)"
+            )
+        return num_blocks
+
+    def _measure_gpu_room(self) -> int:
+        """Bytes of this GPU that a region may take: what is free beside the scratch memory of the largest steps."""
+        self._install_region(-(-self._options.max_batch_tokens // self._options.block_size))
+        rehearsal = self._rehearsal()
+        torch.cuda.reset_peak_memory_stats(self._device)
+        held_bytes = torch.cuda.memory_allocated(self._device)
+        for scene in largest_scenes(self._options.max_batch_tokens, self.max_length):
+            rehearsal.run(scene)
+        scratch_bytes = torch.cuda.max_memory_allocated(self._device) - held_bytes
+        del self._cache
+        torch.cuda.empty_cache()
+        free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
+        not_ours = int((1.0 - self._options.gpu_memory_fraction) * total_bytes)
+        # The allocator's fragments, and libraries that allocate on their own: kept free as headroom.
+        return int(free_bytes) - scratch_bytes - not_ours - int(total_bytes) // 50
+
+    def _rehearsal(self) -> Rehearsal:
+        return Rehearsal(self.execute, self._cache.num_blocks, self._cache.block_size)
+
+
+def _result(sequence_id: int, token_id: int, logprob: float, is_valid: bool) -> SequenceResult:
+    if not is_valid:
+        return SequenceResult(sequence_id, fault=NO_TOKEN_FAULT)
+    return SequenceResult(sequence_id, token_id, logprob if math.isfinite(logprob) else None)
+
+
+def _device(options: ShardOptions) -> torch.device:
+    kind = options.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", options.rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def _dtype(options: ShardOptions, config: ConfigFields, device: torch.device) -> torch.dtype:
+    if options.dtype != "auto":
+        return DTYPES[options.dtype]
+    dtype = read_dtype(config)
+    if dtype == torch.float16 and device.type == "cpu":
+        log.info("serving a float16 model in bfloat16: float16 is slow on this processor")
+        return torch.bfloat16
+    return dtype
+
+
+def _limits(options: ShardOptions) -> ModelLimits:
+    override = RopeOverride(options.rope_scaling, options.rope_factor) if options.rope_scaling else None
+    return ModelLimits(options.max_length, override)
