@@ -54,7 +54,7 @@ class ServerUnderTest:
         self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            fields = json.loads(line)["fields"] if line.startswith("{") else {}
+            fields = json.loads(line) if line.startswith("{") else {}
             if fields.get("message") == "ready":
                 self.url: str = fields["url"]
                 return

@@ -58,8 +58,8 @@ class Launcher:
                 pytest.fail(f"no {message!r} within {timeout_s} s:\n{''.join(self.lines)}")
             if event is None:
                 pytest.fail(f"the launcher ended before {message!r}:\n{''.join(self.lines)}")
-            if event["fields"]["message"] == message:
-                return event["fields"]
+            if event["message"] == message:
+                return event
 
     def wait_until_ready(self) -> Launcher:
         """Wait for the one line that says where to send requests."""

@@ -81,7 +81,7 @@ def test_broken_checkpoint_is_refused_by_name(launch, model, mutilate, named):
     mutilate(model)
     launcher = launch("--model-id", str(model))
     assert launcher.process.wait(60) == ExitCode.BAD_CHECKPOINT
-    errors = [json.loads(line)["fields"]["message"] for line in launcher.lines if '"ERROR"' in line]
+    errors = [json.loads(line)["message"] for line in launcher.lines if '"ERROR"' in line]
     assert any(named in message for message in errors), launcher.lines
 
 

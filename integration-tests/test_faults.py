@@ -38,7 +38,7 @@ def events(response: http.client.HTTPResponse) -> Iterator[dict]:
 
 
 def used_blocks(server) -> float:
-    return sum(server.metric(f'bros_kv_blocks_used{{class="{name}"}}') for name in ("rt", "be"))
+    return sum(server.metric(f'bros_kv_blocks{{owner="{name}"}}') for name in ("rt", "be"))
 
 
 class Background(threading.Thread):
@@ -211,8 +211,8 @@ def test_malformed_and_stale_frames_are_dropped_and_counted(launch, tmp_path, ev
         dealer.send(frame)
         dealer.close(linger=2000)
     context.term()
-    eventually(lambda: server.metric('bros_frames_dropped{reason="malformed"}') == 3, timeout_s=10)
-    assert server.metric('bros_frames_dropped{reason="stale"}') == 1
+    eventually(lambda: server.metric('bros_frames_dropped_total{reason="malformed"}') == 3, timeout_s=10)
+    assert server.metric('bros_frames_dropped_total{reason="stale"}') == 1
     assert next(stream)["token"]
     assert server.get("/health") == ""
     server.process.kill()

@@ -93,8 +93,15 @@ def test_stop_sequence_ends_the_reply_and_stays_in_it(server, greedy_ids):
 
 
 def test_headers_and_probes(server):
-    head = curl("-i", f"{server.url}/generate", "-H", "Content-Type: application/json", "-d", '{"inputs":"a"}')
-    status, *lines = head.split("\r\n\r\n")[0].split("\r\n")
+    head = curl(
+        "-i",
+        f"{server.url}/generate",
+        "-H",
+        "Content-Type: application/json",
+        "-d",
+        '{"inputs":"a","parameters":{"max_new_tokens":4}}',
+    )
+    status, *lines = head.split("\n\n")[0].splitlines()
     headers = dict(line.lower().split(": ", 1) for line in lines)
     assert status == "HTTP/1.1 200 OK"
     assert headers["x-compute-type"].startswith("1-")

@@ -10,11 +10,13 @@ import asyncio
 import collections
 import ctypes
 import gc
+import logging
 import os
 import random
 
 import psutil
 import pytest
+import structlog
 from rich.progress import track
 
 from bros_router.engine import EngineModel, Reply, StepEngine
@@ -33,6 +35,7 @@ from bros_shard.protocol import SamplingParams
 
 NUM_REQUESTS = int(os.environ.get("BROS_SOAK_REQUESTS", "500"))
 NUM_CLIENTS = 24
+MAX_BATCH_TOKENS = 64
 MAX_GROWTH_BYTES = 5 << 20
 
 
@@ -40,7 +43,7 @@ class CheckedScheduler(Scheduler):
     """The scheduler, with its books checked after every plan and every commit."""
 
     def __init__(self, kv: KVManager) -> None:
-        super().__init__(FirstComeFirstServed(), kv, SchedulerLimits(max_batch_tokens=64, max_num_sequences=12))
+        super().__init__(FirstComeFirstServed(), kv, SchedulerLimits(MAX_BATCH_TOKENS, max_num_sequences=12))
         self.checked_kv = kv
         self.num_checks = 0
 
@@ -82,6 +85,13 @@ class Clients:
         requests = iter(track(range(num_requests), description="requests"))
         await asyncio.gather(*(self._client(requests) for _ in range(NUM_CLIENTS)))
 
+    async def touch_every_step_size(self, max_batch_tokens: int) -> None:
+        """Run a step of every number of tokens: the CPU's matrix library keeps a compiled kernel for each."""
+        for num_tokens in range(1, max_batch_tokens + 1):
+            request = ValidRequest(str(num_tokens), (1,) * num_tokens, SamplingParams(), max_new_tokens=1)
+            with self._engine.submit(request) as reply:
+                assert len([event async for event in reply]) == 1
+
     async def _client(self, requests) -> None:
         for number in requests:
             with self._engine.submit(self._request(number)) as reply:
@@ -94,20 +104,21 @@ class Clients:
                 self.ends["finished"] += 1
 
     async def _leave(self, reply: Reply) -> None:
-        """Leave after a random number of turns of the event loop or of tokens, whatever the reply is doing then."""
-        if self._random.random() < 0.5:
-            for _ in range(self._random.randrange(200)):
-                await asyncio.sleep(0)
-        else:
-            num_tokens = self._random.randrange(1, 30)
-            async for _ in reply:
-                num_tokens -= 1
-                if num_tokens == 0:
-                    break
+        """Leave at once, in the middle of the prefill, or after a random number of tokens."""
+        match self._random.randrange(3):
+            case 1:
+                while state_of(reply) == "queued" and not reply.is_complete:
+                    await asyncio.sleep(0.001)
+            case 2:
+                num_tokens = self._random.randrange(1, 30)
+                async for _ in reply:
+                    num_tokens -= 1
+                    if num_tokens == 0:
+                        break
         self.ends["finished" if reply.is_complete else state_of(reply)] += 1
 
     def _request(self, number: int) -> ValidRequest:
-        num_prompt_tokens = self._random.choice([1, 5, 20, 60, 150])
+        num_prompt_tokens = self._random.choice([1, 5, 20, 100, 300])
         return ValidRequest(
             request_id=str(number),
             prompt_token_ids=tuple(self._random.randrange(self._vocab_size) for _ in range(num_prompt_tokens)),
@@ -127,7 +138,15 @@ def resident_bytes(pids: list[int]) -> int:
     return sum(psutil.Process(pid).memory_info().rss for pid in pids)
 
 
-async def test_random_ends_lose_nothing(tmp_path):
+@pytest.fixture
+def quiet_log():
+    """No line for each of the thousands of requests that are dropped on purpose."""
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
+    yield
+    structlog.reset_defaults()
+
+
+async def test_random_ends_lose_nothing(tmp_path, quiet_log):
     endpoint = f"ipc://{tmp_path}/shards"
     options = ShardOptions(
         endpoint=endpoint,
@@ -135,8 +154,8 @@ async def test_random_ends_lose_nothing(tmp_path):
         model_path=str(demo_model_path()),
         model_id="demo",
         block_size=16,
-        kv_slots_limit=1600,  # too few for twelve long sequences: some are preempted
-        max_batch_tokens=64,
+        kv_slots_limit=1200,  # too few for twelve long sequences: some are preempted
+        max_batch_tokens=MAX_BATCH_TOKENS,
         num_threads=1,
     )
     async with RankGroup(ShardGroup(endpoint, 1), lambda _: [options], lambda rank, line: None) as ranks:
@@ -150,7 +169,8 @@ async def test_random_ends_lose_nothing(tmp_path):
         running = asyncio.create_task(engine.run())
         clients = Clients(engine, hello.vocab_size)
 
-        await clients.send(NUM_REQUESTS // 5)  # caches fill, allocators settle
+        await clients.touch_every_step_size(MAX_BATCH_TOKENS)
+        await clients.send(NUM_REQUESTS // 5)  # allocators settle
         pids = [os.getpid(), *ranks.pids]
         before_bytes = resident_bytes(pids)
         await clients.send(NUM_REQUESTS)

@@ -15,7 +15,7 @@ from bros_router.host import Host
 from bros_router.startup_error import StartupError
 from bros_shard.exit_codes import ExitCode
 
-log = structlog.get_logger()
+log = structlog.get_logger("bros_router")
 
 
 def main() -> None:

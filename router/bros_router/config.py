@@ -140,7 +140,8 @@ class BatchConfig:
     max_batch_prefill_tokens: int = flag(
         512, "Most tokens in one step.", minimum=1, default_text="512 on CPU, 4096 on GPU"
     )
-    max_batch_size: int | None = flag(None, "Most sequences in one step.", minimum=1, default_text="no limit")
+    #: Bounds the memory of sampling, whose logits are sequences by vocabulary.
+    max_batch_size: int = flag(256, "Most sequences in one step.", minimum=1)
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` where the limits contradict each other."""

@@ -27,14 +27,14 @@ class SectionOption(click.Option):
     def __init__(self, declarations: list[str], *, section: str, default_text: str, **how: Any) -> None:
         super().__init__(declarations, **how)
         self.section = section
-        self._default_text = default_text
+        self.default_text = default_text
 
     def get_help_record(self, context: click.Context) -> tuple[str, str]:
         """Names on the left; on the right what it does, its environment variable and its default."""
         names = ", ".join(sorted(self.opts, key=len))
         metavar = "" if self.is_flag else f" {self.make_metavar(context)}"
         notes = [f"[env: {self.envvar}]"] if self.envvar else []
-        notes += [f"[default: {self._default_text}]"] if self._default_text else []
+        notes += [f"[default: {self.default_text}]"] if self.default_text else []
         return names + metavar, " ".join([self.help or "", *notes])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,9 +34,10 @@ class Snapshot:
 
 
 def download(model_id: str, revision: str | None, hub: HubConfig, on_progress: OnProgress) -> Snapshot:
-    """Bring a model into the cache, or find it there. What an earlier, interrupted call fetched is kept and completed.
+    """Bring a model into the cache, or find it there.
 
-    Without a network, a complete snapshot in the cache will do.
+    Files that an earlier, interrupted call completed are kept; half a file is never used. Without a network, a
+    complete snapshot in the cache will do.
 
     Raises:
         ModelNotFoundError: no such model or revision, no permission, no network, no room.
@@ -111,11 +113,11 @@ def _explain(error: Exception, model_id: str, revision: str | None, hub: HubConf
         case errors.LocalEntryNotFoundError():
             return f"{model_id} is neither a local folder nor complete in the cache, and the hub cannot be reached."
         case errors.HfHubHTTPError():
-            return f"{model_id}: the hub answered {error.response.status_code}. Starting again resumes the download."
+            return f"{model_id}: the hub answered {error.response.status_code}. Starting again fetches the rest."
         case OSError(strerror=str(reason)):
-            return f"{model_id} could not be downloaded ({reason}). Starting again resumes the download."
+            return f"{model_id} could not be downloaded ({reason}). Starting again fetches the rest."
         case _:
-            return f"{model_id} could not be downloaded ({type(error).__name__}). Starting again resumes the download."
+            return f"{model_id} could not be downloaded ({type(error).__name__}). Starting again fetches the rest."
 
 
 def _progress_class(on_progress: OnProgress) -> Any:
@@ -126,7 +128,7 @@ def _progress_class(on_progress: OnProgress) -> Any:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             # The library opens bars for files, bytes sent and bytes written; this is the name of the last.
             self._counts_bytes = kwargs.get("unit") == "B" and kwargs.get("name") == "huggingface_hub.snapshot_download"
-            super().__init__(*args, **kwargs | {"disable": False})  # type: ignore[no-untyped-call]
+            super().__init__(*args, **kwargs | {"disable": False, "file": io.StringIO()})  # type: ignore[no-untyped-call]
 
         def display(self, *args: Any, **kwargs: Any) -> None:
             """Nothing to draw."""

@@ -176,16 +176,15 @@ class Metrics:
         """
         lines: list[str] = []
         for family in self._registry.collect():
-            is_used = family.type == "gauge" or any(sample.value for sample in family.samples)
-            if not is_used:
+            samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            if not samples or (family.type != "gauge" and not any(sample.value for sample in samples)):
                 continue
             is_suffixed = family.type == "counter" and not family.name.startswith("tgi_")
             name = f"{family.name}_total" if is_suffixed else family.name
             lines += [f"# HELP {name} {family.documentation}", f"# TYPE {name} {family.type}"]
-            for sample in family.samples:
-                if not sample.name.endswith("_created"):
-                    sample_name = name if family.type == "counter" else sample.name
-                    lines.append(f"{sample_name}{_labels(sample.labels)} {sample.value}")
+            for sample in samples:
+                sample_name = name if family.type == "counter" else sample.name
+                lines.append(f"{sample_name}{_labels(sample.labels)} {sample.value}")
         return "".join(f"{line}\n" for line in lines).encode()
 
     # --- construction

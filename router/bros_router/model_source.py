@@ -25,6 +25,8 @@ DEMO_MODEL_ID: Final = "bros-demo"
 
 #: `transformers` writes 10^30 for a tokenizer without a limit.
 _NO_LIMIT: Final = 2**31
+#: SentencePiece, WordPiece and byte-pair vocabularies, as older checkpoints have them.
+_SLOW_TOKENIZER_FILES: Final = ("*.model", "vocab.*", "*.tiktoken")
 #: The conversion of a slow tokenizer takes seconds; a broken one may take forever.
 _CONVERSION_TIMEOUT_S: Final = 300
 
@@ -120,6 +122,8 @@ def read(
         raise CheckpointError(f"{model_id}: there are no safetensors weights, and other formats are not loaded.")
     # Models of several modalities keep the part that generates text in a configuration of its own.
     text_config = config.get("text_config", config)
+    if not isinstance(text_config, dict):
+        raise CheckpointError(f"{model_id}: text_config of config.json is not an object.")
     tokenizer_config = _read_json(tokenizer_config_path or path / "tokenizer_config.json") or {}
     tokenizer = _load_tokenizer(path, model_id)
     vocab_size = _positive_integer(text_config, "vocab_size")
@@ -151,6 +155,8 @@ def _load_tokenizer(path: Path, model_id: str) -> Tokenizer:
     try:
         if (path / "tokenizer.json").is_file():
             return Tokenizer(path / "tokenizer.json")
+        if not any(file for pattern in _SLOW_TOKENIZER_FILES for file in path.glob(pattern)):
+            raise CheckpointError(f"{model_id}: there is no tokenizer.json, nor an older form of a tokenizer.")
         with tempfile.TemporaryDirectory(prefix="bros-tokenizer-") as folder:
             converted = Path(folder) / "tokenizer.json"
             _convert_tokenizer(path, converted, model_id)

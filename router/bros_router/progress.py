@@ -22,6 +22,7 @@ class StartupProgress:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._phase = ""
+        self._percent = 0
         self._next_line_s = 0.0
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -60,8 +61,8 @@ class StartupProgress:
 
     def _log(self, phase: str, num_done: int, num_total: int) -> None:
         """The first and the last state of a phase, and now and then one between."""
-        now_s = time.monotonic()
-        if phase == self._phase and num_done < num_total and now_s < self._next_line_s:
-            return
-        self._next_line_s = now_s + _LINE_PERIOD_S
-        log.info(phase, percent=100 * num_done // max(1, num_total))
+        now_s, percent = time.monotonic(), 100 * num_done // max(1, num_total)
+        is_news = phase != self._phase or (percent != self._percent and (percent == 100 or now_s >= self._next_line_s))
+        if is_news:
+            self._percent, self._next_line_s = percent, now_s + _LINE_PERIOD_S
+            log.info(phase, percent=percent)

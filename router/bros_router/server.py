@@ -206,18 +206,14 @@ class Server:
         """The budget that was found, and the one line that says where to send requests."""
         hello = info.hello
         log.info(
-            "ready",
-            url=self._url,
-            model=model.model_id,
-            dtype=hello.dtype,
-            ranks=hello.world_size,
-            kv_blocks=hello.num_blocks,
+            "budget",
             kv_tokens=hello.num_blocks * hello.block_size,
             kv_bytes_per_rank=hello.num_blocks * hello.block_bytes,
             max_total_tokens=model.max_total_tokens,
             max_input_tokens=model.max_input_tokens,
             max_batch_prefill_tokens=self._config.batch.max_batch_prefill_tokens,
         )
+        log.info("ready", url=self._url, model=model.model_id, dtype=hello.dtype, ranks=hello.world_size)
 
 
 def url_of(listener: socket) -> str:

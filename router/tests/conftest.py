@@ -66,3 +66,125 @@ def _saved(tokenizer: FastTokenizer, folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     tokenizer.save(str(path))
     return Tokenizer(path)
+
+
+class ScriptedGeneration:
+    """One reply of the scripted engine."""
+
+    def __init__(self, engine: "ScriptedEngine") -> None:
+        self._engine = engine
+
+    def __enter__(self) -> "ScriptedGeneration":
+        self._engine.num_running += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._engine.num_running -= 1
+        self._engine.ended.set()
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        for item in self._engine.script:
+            if isinstance(item, asyncio.Event):
+                await item.wait()
+            elif isinstance(item, Exception):
+                raise item
+            else:
+                yield item
+
+
+@dataclass
+class ScriptedEngine:
+    """The engine's side of the seam: answers every request with the same script.
+
+    An event in the script is sent, an `asyncio.Event` waited for, an exception raised.
+    """
+
+    script: list[TokenEvent | asyncio.Event | Exception] = field(default_factory=list)
+    is_healthy: bool = True
+    #: Raised by the next `submit`.
+    refusal: Exception | None = None
+    requests: list[ValidRequest] = field(default_factory=list)
+    num_running: int = 0
+    ended: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def submit(self, request: ValidRequest) -> ScriptedGeneration:
+        if self.refusal is not None:
+            raise self.refusal
+        self.requests.append(request)
+        return ScriptedGeneration(self)
+
+
+def reply_of(*texts: str, reason: FinishReason = FinishReason.LENGTH) -> list[TokenEvent]:
+    """A whole reply of these texts; `</s>` is the EOS token, other tokens are numbered from 10."""
+    tokens = [
+        Token(EOS_ID, text, -0.125, True) if text == "</s>" else Token(10 + n, text, -0.5, False)
+        for n, text in enumerate(texts)
+    ]
+    generated_text = "".join(token.text for token in tokens if not token.is_special)
+    finish = Finish(reason, generated_text, len(tokens), first_scheduled_s=0.0, finished_s=0.25)
+    *others, last = tokens
+    return [*map(TokenEvent, others), TokenEvent(last, finish)]
+
+
+@dataclass
+class Server:
+    """A server on a socket, and what is behind it."""
+
+    client: "TestClient[object, object]"
+    service: Service
+    engine: ScriptedEngine
+    metrics: Metrics
+
+    async def exchange(self, data: bytes, *, end: bytes = b"") -> bytes:
+        """Send raw bytes on a new connection; what comes back until it closes, or until `end` has come."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.client.port)
+        writer.write(data)
+        answer = await (reader.readuntil(end) if end else reader.read())
+        writer.close()
+        return answer
+
+    async def metric_lines(self) -> list[str]:
+        """The lines of `/metrics` that are not comments."""
+        text = await (await self.client.get("/metrics")).text()
+        return [line for line in text.splitlines() if not line.startswith("#")]
+
+
+Serve = Callable[..., Awaitable[Server]]
+
+
+@pytest.fixture
+async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
+    """Starts servers: `await serve(config, pipeline_tag=..., timeouts=..., max_input_tokens=..., max_total_tokens=...)`."""
+    clients = []
+
+    async def start(
+        config: ApiConfig | None = None,
+        *,
+        tokenizer: Tokenizer = byte_level_tokenizer,
+        pipeline_tag: str | None = None,
+        max_input_tokens: int = 60,
+        max_total_tokens: int = 64,
+        timeouts: Timeouts | None = None,
+    ) -> Server:
+        service, engine, metrics = Service(), ScriptedEngine(), Metrics()
+        engine.script.extend(reply_of("Hello", " world"))
+        service.engine, service.phase = engine, Phase.READY
+        service.model = ServedModel(
+            model_id="acme/tiny",
+            model_sha="0123abcd",
+            pipeline_tag=pipeline_tag,
+            tokenizer=tokenizer,
+            eos_token_ids=frozenset({EOS_ID}),
+            max_input_tokens=max_input_tokens,
+            max_total_tokens=max_total_tokens,
+            compute_type="1-cpu",
+        )
+        app = create_app(config or ApiConfig(), service, metrics, timeouts)
+        client = TestClient(TestServer(app), auto_decompress=False)
+        await client.start_server()
+        clients.append(client)
+        return Server(client, service, engine, metrics)
+
+    yield start
+    for client in clients:
+        await client.close()

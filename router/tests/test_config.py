@@ -37,7 +37,7 @@ def default_of(option: str) -> object:
         ("--max-top-n-tokens", "MAX_TOP_N_TOKENS", 5),
         ("--max-input-tokens", "MAX_INPUT_TOKENS", None),
         ("--max-total-tokens", "MAX_TOTAL_TOKENS", None),
-        ("--max-batch-size", "MAX_BATCH_SIZE", None),
+        ("--max-batch-size", "MAX_BATCH_SIZE", 256),
         ("--hostname", "HOSTNAME", "0.0.0.0"),
         ("--port", "PORT", 3000),
         ("--huggingface-hub-cache", "HUGGINGFACE_HUB_CACHE", None),

@@ -3,7 +3,12 @@
 import hashlib
 import http.server
 import json
+import os
+import resource
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +30,15 @@ FILES = {
     "original/params.json": b"{}",
 }
 
+KILLED_DOWNLOAD = """
+import sys
+from pathlib import Path
+from bros_router.config import HubConfig
+from bros_router.hub import download
+hub = HubConfig(cache_dir=Path(sys.argv[1]), endpoint=sys.argv[2])
+download("org/model", None, hub, lambda done, total: None)
+"""
+
 
 class FakeHub(http.server.ThreadingHTTPServer):
     """One model, `org/model`, with one commit."""
@@ -34,12 +48,13 @@ class FakeHub(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.files = dict(FILES)
-        #: `(file, bytes)`: end the connection after so many bytes of a file, once.
-        self.cut_after: dict[str, int] = {}
+        #: Send so many bytes of a file and then, until the server ends, nothing.
+        self.stall_after: dict[str, int] = {}
+        self.is_ending = threading.Event()
         #: Status for every answer, instead of the right one.
         self.status: int | None = None
         self.error_code = ""
-        self.downloads: list[tuple[str, str | None]] = []
+        self.downloads: list[str] = []
         self.tokens: set[str | None] = set()
         self.endpoint = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -80,19 +95,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def send_file(self, name: str) -> None:
         content = self.server.files[name]
-        headers = {"X-Repo-Commit": SHA, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
-        wanted = self.headers.get("range")
-        if self.command == "GET":
-            self.server.downloads.append((name, wanted))
-        if wanted is None:
-            self.answer(200, content, headers, cut_after=self.server.cut_after.pop(name, None))
+        headers = {"X-Repo-Commit": SHA, "ETag": f'"{hashlib.sha1(content).hexdigest()}"'}
+        if self.command == "HEAD":
+            self.answer(200, content, headers)
         else:
-            first = int(wanted.removeprefix("bytes=").split("-")[0])
-            headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-            self.answer(206, content[first:], headers)
+            self.server.downloads.append(name)
+            self.answer(200, content, headers, stall_after=self.server.stall_after.pop(name, None))
 
     def answer(
-        self, status: int, body: bytes, headers: dict[str, str] | None = None, cut_after: int | None = None
+        self, status: int, body: bytes, headers: dict[str, str] | None = None, stall_after: int | None = None
     ) -> None:
         self.send_response(status)
         for name, value in (headers or {}).items():
@@ -100,8 +111,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(body[:cut_after])
-            self.close_connection = self.close_connection or cut_after is not None
+            self.wfile.write(body[:stall_after])
+            if stall_after is not None:
+                self.server.is_ending.wait()
 
 
 @pytest.fixture
@@ -110,6 +122,7 @@ def hub_server() -> Iterator[FakeHub]:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
+        server.is_ending.set()
         server.shutdown()
         thread.join()
 
@@ -121,6 +134,11 @@ def hub(hub_server, tmp_path) -> HubConfig:
 
 def fetch(hub: HubConfig, revision: str | None = None) -> Snapshot:
     return download("org/model", revision, hub, lambda done, total: None)
+
+
+def is_cached(hub: HubConfig, name: str) -> bool:
+    assert hub.cache_dir is not None
+    return (hub.cache_dir / "models--org--model" / "snapshots" / SHA / name).exists()
 
 
 def offline(hub: HubConfig) -> HubConfig:
@@ -164,7 +182,7 @@ def test_pickled_weights_are_not_fetched(hub, hub_server):
     hub_server.files = {"config.json": b"{}", "pytorch_model.bin": b"pickled"}
     with pytest.raises(CheckpointError, match="has no safetensors weights"):
         fetch(hub)
-    assert [name for name, _ in hub_server.downloads] == ["config.json"]
+    assert hub_server.downloads == ["config.json"]
 
 
 def test_complete_snapshot_serves_without_a_network(hub, hub_server):
@@ -186,18 +204,27 @@ def test_second_download_fetches_nothing(hub, hub_server):
     assert hub_server.downloads == []
 
 
-def test_interrupted_download_is_not_used_and_is_resumed(hub, hub_server, monkeypatch):
-    """The connection breaks in the middle of the weights and the hub answers no more: as if the process were killed."""
-    monkeypatch.setattr("time.sleep", lambda seconds: setattr(hub_server, "status", 500))
-    hub_server.cut_after["model.safetensors"] = 1_500_000
-    with pytest.raises(ModelNotFoundError, match="Starting again resumes the download"):
-        fetch(hub)
+def test_download_that_was_killed_is_not_used_and_is_completed(hub, hub_server):
+    index = {"weight_map": {"a": "part-1.safetensors", "b": "part-2.safetensors"}}
+    hub_server.files |= {
+        "model.safetensors.index.json": json.dumps(index).encode(),
+        "part-1.safetensors": WEIGHTS,
+        "part-2.safetensors": WEIGHTS[::-1],
+    }
+    hub_server.stall_after["part-2.safetensors"] = 1_000_000
+    command = [sys.executable, "-c", KILLED_DOWNLOAD, str(hub.cache_dir), hub_server.endpoint]
+    with subprocess.Popen(command) as process:
+        deadline_s = time.monotonic() + 60
+        while hub_server.stall_after or not is_cached(hub, "part-1.safetensors"):
+            assert time.monotonic() < deadline_s
+            time.sleep(0.01)
+        process.kill()
+    assert not is_cached(hub, "part-2.safetensors")
     with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE is set"):
         fetch(offline(hub))
-    hub_server.status = None
     hub_server.downloads.clear()
-    assert (fetch(hub).path / "model.safetensors").read_bytes() == WEIGHTS
-    assert hub_server.downloads == [("model.safetensors", "bytes=1500000-")]
+    assert (fetch(hub).path / "part-2.safetensors").read_bytes() == WEIGHTS[::-1]
+    assert hub_server.downloads == ["part-2.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -256,3 +283,33 @@ def test_broken_index(tmp_path: Path, index):
     (tmp_path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
         weight_files(tmp_path)
+
+
+def run_download_command(
+    hub: HubConfig, max_file_bytes: int = resource.RLIM_INFINITY
+) -> subprocess.CompletedProcess[str]:
+    """`bros download-weights`, with a limit on the size of any file that it writes: a small disk."""
+    command = [sys.executable, "-m", "bros_router", "download-weights", "org/model"]
+    return subprocess.run(
+        [*command, "--huggingface-hub-cache", str(hub.cache_dir)],
+        env=os.environ | {"HF_ENDPOINT": str(hub.endpoint), "HF_TOKEN": "hf_secret"},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_file_bytes, max_file_bytes)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_command_prints_where_the_model_is(hub):
+    ended = run_download_command(hub)
+    assert ended.returncode == 0
+    assert (Path(ended.stdout.strip()) / "model.safetensors").read_bytes() == WEIGHTS
+    assert "hf_secret" not in ended.stderr
+
+
+def test_full_disk_is_one_line_and_its_own_exit_status(hub):
+    ended = run_download_command(hub, max_file_bytes=1_000_000)
+    assert ended.returncode == 3
+    assert "org/model could not be downloaded (File too large)" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not is_cached(hub, "model.safetensors")

@@ -58,23 +58,25 @@ asyncio.run(main())
 """
 
 
+def rank_of_group(group: str = "g0", rank: int = 0, world_size: int = 1, num_threads: int = 0) -> ShardOptions:
+    return ShardOptions(
+        endpoint="",
+        rendezvous="",
+        model_path="",
+        model_id="",
+        group=group,
+        rank=rank,
+        world_size=world_size,
+        num_threads=num_threads,
+    )
+
+
 class Group:
     """Ranks that run `RANK`, and the lines that they wrote."""
 
     def __init__(self, behaviours: list[str]) -> None:
         self.lines: asyncio.Queue[tuple[int, str]] = asyncio.Queue()
-        options = [
-            ShardOptions(
-                endpoint="",
-                rendezvous="",
-                model_path="",
-                model_id="",
-                group=group,
-                rank=rank,
-                world_size=len(behaviours),
-            )
-            for rank, group in enumerate(behaviours)
-        ]
+        options = [rank_of_group(group, rank, len(behaviours)) for rank, group in enumerate(behaviours)]
         self.processes = RankProcesses(
             options,
             num_cores=2,
@@ -178,8 +180,7 @@ async def test_ranks_are_out_of_reach_of_the_terminals_interrupt():
 
 
 async def test_program_that_cannot_be_started_leaves_nothing_behind():
-    options = ShardOptions(endpoint="", rendezvous="", model_path="", model_id="")
-    processes = RankProcesses([options], num_cores=1, on_line=lambda *_: None, program=["/nonexistent"])
+    processes = RankProcesses([rank_of_group()], num_cores=1, on_line=lambda *_: None, program=["/nonexistent"])
     with pytest.raises(FileNotFoundError):
         await processes.__aenter__()
     assert processes.pids == []
@@ -201,8 +202,7 @@ def test_environment_keeps_ranks_on_this_machine_and_the_secrets_away(monkeypatc
     for name in ("API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_TOKEN", "NGROK_AUTHTOKEN"):
         monkeypatch.setenv(name, "a secret")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
-    options = ShardOptions(endpoint="", rendezvous="", model_path="", model_id="", world_size=3)
-    environment = rank_environment(options, num_cores=8)
+    environment = rank_environment(rank_of_group(world_size=3), num_cores=8)
     assert "a secret" not in environment.values()
     expected = {
         "OMP_NUM_THREADS": "2",
@@ -223,9 +223,7 @@ def test_environment_keeps_ranks_on_this_machine_and_the_secrets_away(monkeypatc
     [(0, 1, 8, "8"), (0, 4, 8, "2"), (0, 4, 2, "1"), (3, 4, 8, "3")],
 )
 def test_threads_of_a_rank(num_threads, world_size, num_cores, expected):
-    options = ShardOptions(
-        endpoint="", rendezvous="", model_path="", model_id="", num_threads=num_threads, world_size=world_size
-    )
+    options = rank_of_group(world_size=world_size, num_threads=num_threads)
     assert rank_environment(options, num_cores)["OMP_NUM_THREADS"] == expected
 
 

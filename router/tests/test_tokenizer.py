@@ -13,7 +13,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 #: Text that holds no U+FFFD itself: one that ends a reply cannot be told from an incomplete character.
 texts = st.text(st.characters(exclude_characters=REPLACEMENT, exclude_categories=["Cs"]), max_size=40)
 fixtures_are_immutable = settings(
-    deadline=None, max_examples=4000, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -49,7 +49,9 @@ def test_steps_give_the_text_behind_the_prompt(tokenizer: Tokenizer, text: str, 
 
 @fixtures_are_immutable
 @given(data=st.data(), prompt=texts)
-def test_any_byte_level_tokens_come_out_as_their_bytes(byte_level_tokenizer: Tokenizer, data: st.DataObject, prompt: str):
+def test_any_byte_level_tokens_come_out_as_their_bytes(
+    byte_level_tokenizer: Tokenizer, data: st.DataObject, prompt: str
+):
     """Against Python's incremental UTF-8 decoder, which too holds back what is incomplete and nothing else."""
     detokenizer = byte_level_tokenizer.detokenizer(byte_level_tokenizer.encode(prompt).ids)
     oracle = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -91,9 +93,9 @@ def test_incomplete_characters_wait_for_their_last_byte(tokenizer: Tokenizer):
 
 
 def test_endless_invalid_bytes_come_out_as_they_go(byte_level_tokenizer: Tokenizer):
-    detokenizer = byte_level_tokenizer.detokenizer([BOS := 0])
-    assert BOS == 0
-    continuation_byte = byte_level_tokenizer._tokenizer.token_to_id("Ģ")  # 0x80
+    detokenizer = byte_level_tokenizer.detokenizer(byte_level_tokenizer.encode("hello").ids)
+    continuation_byte = byte_level_tokenizer.token_id("Ģ")  # 0x80
+    assert continuation_byte is not None
     steps = [detokenizer.step(continuation_byte) for _ in range(1000)]
     assert "".join(steps) == REPLACEMENT * 997
 

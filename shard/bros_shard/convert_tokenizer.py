@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Final
 
 from bros_shard.exit_codes import ExitCode
 from bros_shard.lifeline import die_with_parent
+
+#: The library explains at length.
+_MAX_REASON_LENGTH: Final = 200
 
 
 def convert(model_path: Path, target: Path) -> None:
@@ -35,7 +39,8 @@ def main() -> None:
     try:
         convert(Path(sys.argv[1]), Path(sys.argv[2]))
     except Exception as error:  # whatever a broken file provokes in the library
-        print(f"{type(error).__name__}: {str(error).splitlines()[0]}", file=sys.stderr)
+        reason = " ".join(str(error).split())
+        print(f"{type(error).__name__}: {reason[:_MAX_REASON_LENGTH]}", file=sys.stderr)
         sys.exit(ExitCode.BAD_CHECKPOINT)
 
 

@@ -61,8 +61,3 @@ class ParallelGroup:
         if self.world_size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
-
-    def close(self) -> None:
-        """Leave the group; no collective may follow."""
-        if self.world_size > 1:
-            dist.destroy_process_group()

@@ -11,6 +11,10 @@ from typing import Final
 import structlog
 import zmq
 
+from bros_kernels.paged_attention import UnknownBackendError
+from bros_shard.exit_codes import ExitCode
+from bros_shard.memory import InsufficientMemoryError
+from bros_shard.model_config import UnsupportedModelError
 from bros_shard.options import ShardOptions
 from bros_shard.protocol import (
     PROTOCOL_VERSION,
@@ -29,11 +33,20 @@ from bros_shard.protocol import (
     decode_from_router,
     encode,
 )
+from bros_shard.weights import CheckpointError
 from bros_shard.worker import Worker
 
 HEARTBEAT_PERIOD_S: Final = 0.5
 #: How long a rank that ends waits for its last frames to leave.
 _LINGER_MS: Final = 1000
+
+#: Errors that are not ours but the operator's to mend.
+_EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
+    UnknownBackendError: ExitCode.USAGE,
+    InsufficientMemoryError: ExitCode.USAGE,
+    CheckpointError: ExitCode.BAD_CHECKPOINT,
+    UnsupportedModelError: ExitCode.BAD_CHECKPOINT,
+}
 
 log = structlog.get_logger()
 
@@ -118,9 +131,13 @@ class ShardServer:
             self._last_result_s = time.monotonic()
             self._serve(worker)
         except Exception as error:
-            log.error("rank fault", rank=self._options.rank, error=str(error), trace=traceback.format_exc())
-            self._send(Fault(self._generation, f"{type(error).__name__}: {error}"))
-            return 1
+            exit_code = _EXIT_CODES.get(type(error), ExitCode.INTERNAL)
+            if exit_code is ExitCode.INTERNAL:
+                log.error("rank fault", trace=traceback.format_exc())
+                self._send(Fault(self._generation, f"{type(error).__name__}: {error}"))
+            else:  # the error says it all
+                self._send(Fault(self._generation, str(error)))
+            return exit_code
         finally:
             self._heartbeat.stop()
             self._socket.close(linger=_LINGER_MS)

@@ -97,7 +97,7 @@ class Worker:
     @property
     def num_blocks(self) -> int:
         """Blocks of the KV region; the same on all ranks."""
-        return self._cache.num_blocks
+        return self.cache.num_blocks
 
     @property
     def dtype_name(self) -> str:
@@ -140,9 +140,9 @@ class Worker:
         if not sequences:
             return StepOutput()
         started_s = time.monotonic()
-        batch = build_batch(plan.sequences, sequences, self._pool, self._cache.block_size, self._device)
+        batch = build_batch(plan.sequences, sequences, self._pool, self.cache.block_size, self._device)
         attention = self._backend(batch.attention, self._dtype)
-        hidden = self._model.forward(batch.input_ids, batch.positions, self._cache.layers, attention)
+        hidden = self._model.forward(batch.input_ids, batch.positions, self.cache.layers, attention)
         logits = None
         if batch.sampled:
             logits = self._model.logits(hidden.index_select(0, batch.sampled_tokens))
@@ -153,10 +153,10 @@ class Worker:
 
     def _copy(self, plan: StepPlan) -> None:
         """Host copies out, tail moves, host copies in: in this order, since one may free the slots of the next."""
-        self._sequences.check_copies(plan.tail_moves, [*plan.copies_out, *plan.copies_in], self._cache.num_host_blocks)
-        self._cache.copy_out(plan.copies_out)
-        self._cache.move_tails(plan.tail_moves)
-        self._cache.copy_in(plan.copies_in)
+        self._sequences.check_copies(plan.tail_moves, [*plan.copies_out, *plan.copies_in], self.cache.num_host_blocks)
+        self.cache.copy_out(plan.copies_out)
+        self.cache.move_tails(plan.tail_moves)
+        self.cache.copy_in(plan.copies_in)
 
     def _sample(self, batch: StepBatch, logits: Tensor | None) -> SampledTokens | None:
         """Choose on rank 0 (which has logits), and append the tokens to their sequences on every rank."""
@@ -185,7 +185,7 @@ class Worker:
     def _install_region(self, num_blocks: int) -> None:
         """Allocate a region and forget all sequences."""
         options = self._options
-        self._cache = KVCache(
+        self.cache = KVCache(
             self._model.kv_shape, num_blocks, options.block_size, options.num_host_blocks, self._dtype, self._device
         )
         self._pool = TokenPool(self._device)
@@ -218,7 +218,7 @@ class Worker:
         for scene in largest_scenes(self._options.max_batch_tokens, self.max_length):
             rehearsal.run(scene)
         scratch_bytes = torch.cuda.max_memory_allocated(self._device) - held_bytes
-        del self._cache
+        del self.cache
         torch.cuda.empty_cache()
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
         not_ours = int((1.0 - self._options.gpu_memory_fraction) * total_bytes)
@@ -226,7 +226,7 @@ class Worker:
         return int(free_bytes) - scratch_bytes - not_ours - int(total_bytes) // 50
 
     def _rehearsal(self) -> Rehearsal:
-        return Rehearsal(self.execute, self._cache.num_blocks, self._cache.block_size)
+        return Rehearsal(self.execute, self.cache.num_blocks, self.cache.block_size)
 
 
 def _result(sequence_id: int, token_id: int, logprob: float, is_valid: bool) -> SequenceResult:

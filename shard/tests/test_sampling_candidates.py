@@ -95,6 +95,14 @@ def test_typical_p_includes_the_token_that_reaches_the_mass() -> None:
         assert kept(candidates.keep_typical(numbers(typical_p))) == expected
 
 
+def test_typical_p_is_reached_by_equality() -> None:
+    # Entropy 1.213; distances 0.866, 0.866, 0.173, 0.520.
+    masses = torch.tensor([[1.0, 1.0, 2.0, 4.0]]) * 2.0**30
+    candidates = Candidates(masses.log() - masses.log().max(), torch.arange(4)[None], masses)
+    for typical_p, expected in [(0.25, [2]), (0.26, [2, 3]), (0.75, [2, 3]), (0.76, [0, 1, 2, 3])]:
+        assert kept(candidates.keep_typical(numbers(typical_p))) == expected
+
+
 def test_typical_p_is_judged_on_what_is_left() -> None:
     candidates = select_probabilities(0.5, 0.3, 0.15, 0.05).keep_top_k(torch.tensor([2]))
     # Of 0.625 and 0.375 the entropy is 0.662; distances 0.192 and 0.319.
@@ -141,3 +149,11 @@ def test_few_candidates_do_suffice_for_a_steep_row_and_do_not_for_a_tie() -> Non
         candidates = select([row], 10)
         assert keep_top_p_of_row(candidates, row, 0.9).is_least_massless.item() is suffices
         assert candidates.keep_top_k(torch.tensor([3])).is_least_massless.item() is suffices
+
+
+def test_few_candidates_do_not_suffice_where_top_p_cuts_the_equals_of_the_least() -> None:
+    row = [1.0] + [0.0] * 6
+    # e / (e + 6) = 0.31, each other token 0.115: four of the six go, two of the three that are candidates stay.
+    candidates = keep_top_p_of_row(select([row], 4), row, 0.5)
+    assert [int(mass > 0) for mass in candidates.masses[0]] == [0, 1, 1, 1]
+    assert not candidates.is_least_massless.item()

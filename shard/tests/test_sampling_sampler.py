@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from torch import Tensor
@@ -115,7 +115,8 @@ def reference_typical_p(left: dict[int, float], typical_p: float, margin: float)
 
 # --- the sampler against the reference --------------------------------------------------------------------------------
 
-score = st.floats(-30.0, 30.0, width=32) | st.integers(-3, 3).map(float) | st.just(-INF)
+# Half precision: no two logits so close that the reference's logprobs are equal.
+score = st.floats(-30.0, 30.0, width=16) | st.integers(-3, 3).map(float) | st.just(-INF)
 score_rows = st.lists(score, min_size=1, max_size=30).filter(lambda row: max(row) > -INF)
 sampling_params = st.builds(
     SamplingParams,
@@ -159,7 +160,7 @@ def test_tokens_and_logprobs_are_those_of_the_reference(data: st.DataObject) -> 
         try:
             agrees_with_reference(tokens, row, logits, row_params, history, margin=1e-5)
         except Ambiguous:
-            assume(False)
+            continue
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,7 @@ def test_tokens_and_logprobs_are_those_of_the_reference(data: st.DataObject) -> 
         SamplingParams(do_sample=True, top_p=0.995, temperature=1.5),
         SamplingParams(do_sample=True, top_k=40),
         SamplingParams(do_sample=True, top_k=128),
+        SamplingParams(do_sample=True, top_k=100, top_p=0.5),  # in "tied", more than 128 tie with the 100th
         SamplingParams(do_sample=True, top_k=2000, top_p=0.95),
         SamplingParams(do_sample=True, top_k=6000, typical_p=0.9),
         SamplingParams(do_sample=True, typical_p=0.5),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 from itertools import accumulate, takewhile
 from typing import Final, TypeVar
@@ -17,13 +16,11 @@ T = TypeVar("T")
 
 #: TGI's parser refuses deeper nesting.
 _MAX_DEPTH: Final = 128
-_STRING: Final = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"', re.DOTALL)
 #: Steps in depth, read as signed bytes.
 _DEPTH_STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
 _NOT_BRACKETS: Final = bytes(set(range(256)) - set(b"[{]}"))
-_JSON_WHITESPACE: Final = " \t\n\r"
-#: Finds where a value ends; its numbers are not looked at, and may have any length.
-_first_value_decoder = json.JSONDecoder(parse_int=str, parse_float=str)
+#: The library's way to say that one value was read and something follows, the first byte of which is number 1.
+_TRAILING: Final = re.compile(r".* trailing characters \(byte (?P<number>\d+)\)")
 #: The library's way to say where: ` - at `$.parameters.stop[0]``.
 _PATH = re.compile(r"(?P<reason>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
 
@@ -79,35 +76,29 @@ def decode_json(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
     if _is_too_deep(body):
         raise errors.invalid_syntax("recursion limit exceeded")
     try:
-        return decoder.decode(body)
+        try:
+            return decoder.decode(body)
+        except msgspec.DecodeError as error:
+            trailing = _TRAILING.fullmatch(str(error))
+            if trailing is None:
+                raise
+            return decoder.decode(body[: int(trailing["number"]) - 1])
     except msgspec.ValidationError as error:
         raise errors.invalid_shape(_with_path_first(str(error))) from None
+    except msgspec.DecodeError as error:
+        raise errors.invalid_syntax(str(error)) from None
     except UnicodeDecodeError:
         raise errors.invalid_syntax("invalid UTF-8") from None
-    except msgspec.DecodeError as error:
-        first_value = _first_value(body)
-        if first_value is None or len(first_value) == len(body):
-            raise errors.invalid_syntax(str(error)) from None
-        return decode_json(decoder, first_value)
 
 
 def _is_too_deep(body: bytes) -> bool:
     """Whether the first value nests too deeply. Bodies with few brackets, nearly all, are not looked into."""
     if body.count(b"[") + body.count(b"{") <= _MAX_DEPTH:
         return False
-    steps = _STRING.sub(b"", body).translate(_DEPTH_STEPS, _NOT_BRACKETS)
-    depths = takewhile(bool, accumulate(memoryview(steps).cast("b")))
-    return max(depths, default=0) > _MAX_DEPTH
-
-
-def _first_value(body: bytes) -> bytes | None:
-    """The bytes of the first value, or `None` where there is none."""
-    text = body.decode(errors="surrogateescape").lstrip(_JSON_WHITESPACE)
-    try:
-        _, end = _first_value_decoder.raw_decode(text)
-    except ValueError:
-        return None
-    return text[:end].encode(errors="surrogateescape")
+    without_escapes = body.replace(rb"\\", b"").replace(rb"\"", b"")
+    outside_strings = b"".join(without_escapes.split(b'"')[::2])
+    steps = memoryview(outside_strings.translate(_DEPTH_STEPS, _NOT_BRACKETS)).cast("b")
+    return max(takewhile(bool, accumulate(steps)), default=0) > _MAX_DEPTH
 
 
 def _with_path_first(reason: str) -> str:

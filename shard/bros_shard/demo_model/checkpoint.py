@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import safe_open
@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from bros_shard.demo_model.model import CausalLM, ModelConfig
 from bros_shard.demo_model.tokenizer import EOS_TOKEN_IDS, write_json
 
-CHECKPOINT_NAME = "checkpoint.safetensors"
+CHECKPOINT_NAME: Final = "checkpoint.safetensors"
 
 
 @dataclass
@@ -38,6 +38,7 @@ def save_atomically(tensors: Mapping[str, Tensor], path: Path, metadata: dict[st
     """A reader sees the old file or the new one, never half of either."""
     partial = path.with_suffix(".partial")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata)
+    partial.chmod(0o644)  # save_file keeps it to its owner; a model is for everyone
     os.replace(partial, path)
 
 

@@ -83,7 +83,8 @@ class Attention(nn.Module):
 
     def split_heads(self, x: Tensor) -> Tensor:
         """(rows, length, heads * head_dim) -> (rows, heads, length, head_dim)"""
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        rows, length, _ = x.shape
+        return x.view(rows, length, -1, self.head_dim).transpose(1, 2)
 
 
 class MLP(nn.Module):
@@ -150,7 +151,8 @@ class CausalLM(nn.Module):
         cos, sin = rotary_tables(self.config, tokens.shape[1], tokens.device)
         for layer in self.model.layers:
             x = layer(x, cos, sin)
-        loss: Tensor = TiedCrossEntropy.apply(self.model.norm(x).flatten(0, 1), embedding, targets.flatten())
+        hidden = self.model.norm(x).flatten(0, 1)
+        loss: Tensor = TiedCrossEntropy.apply(hidden, embedding, targets.flatten())  # type: ignore[no-untyped-call]
         return loss
 
 
@@ -194,6 +196,7 @@ class TiedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
         """hidden: (tokens, hidden_size); embedding: (vocab_size, hidden_size); targets: (tokens,)"""
         num_tokens = len(hidden)
+        needs_grad = any(ctx.needs_input_grad)
         hidden_grad = torch.empty_like(hidden)
         embedding_grad = torch.zeros_like(embedding, dtype=torch.float32)
         total = torch.zeros((), device=hidden.device)
@@ -202,6 +205,8 @@ class TiedCrossEntropy(torch.autograd.Function):
             rows, labels = hidden[chunk], targets[chunk, None]
             log_probs = (rows @ embedding.t()).float().log_softmax(-1)
             total -= log_probs.gather(1, labels).sum()
+            if not needs_grad:
+                continue
             error = log_probs.exp_()  # d loss / d logits = probabilities - one-hot
             error.scatter_add_(1, labels, torch.full_like(labels, -1, dtype=error.dtype))
             error = (error / num_tokens).to(hidden.dtype)

@@ -29,6 +29,18 @@ EXCLUDED_PARTS: Final = frozenset(
     }
 )  # fmt: skip
 EXCLUDED_PREFIXES: Final = ("_sysconfigdata", "config-")
+#: ntpath repeats what posixpath says of os.path.
+EXCLUDED_MODULES: Final = frozenset({"ntpath"})
+#: Implementations documented under the name that users import; builtins need none.
+PUBLIC_NAMES: Final = {
+    "_collections_abc": "collections.abc",
+    "_pydatetime": "datetime",
+    "_pydecimal": "decimal",
+    "_pyio": "io",
+    "builtins": "",
+    "posix": "os",
+    "posixpath": "os.path",
+}
 #: A line that holds only literals: one row of a table.
 TABLE_ROW: Final = re.compile(r"^\s*[\[({]*['\"\d-].*[,:)\]}]\s*(#.*)?$")
 #: Above this share of table rows a file is data (html/entities.py has 0.99, ordinary modules under 0.1).
@@ -46,14 +58,14 @@ LEGAL: Final = re.compile(
 class Definition:
     """A documented function, method or class."""
 
-    name: str  # dotted, from the module on: "textwrap.TextWrapper.wrap"
-    signature: str  # "(text, width=70)"; empty for a class
+    name: str  # dotted, as users write it: "textwrap.TextWrapper.wrap", "os.path.join", "len"
+    signature: str  # "(text, width=70)"; empty for a class and only for a class
     docstring: str  # clean, never empty
     source: str  # dedented source of a function; empty for a class or a compiled function
 
     @property
     def is_public(self) -> bool:
-        return not any(part.startswith("_") for part in self.name.split(".")[1:])
+        return not any(part.startswith("_") for part in self.name.split("."))
 
 
 @dataclass(frozen=True)
@@ -117,15 +129,15 @@ def read_modules(root: Path) -> Iterator[Module]:
             module = parse_module(name, source)
         except (UnicodeDecodeError, SyntaxError):  # lib2to3 keeps samples of both
             continue
-        if not is_table(source):
+        if name not in EXCLUDED_MODULES and not is_table(source):
             yield module
 
 
 def parse_module(name: str, source: str) -> Module:
     """Split a module's text into what documents it and what it does. Raises SyntaxError."""
     tree = ast.parse(source)
-    definitions = tuple(walk_definitions(tree, name, source.splitlines()))
-    return Module(name, clean_docstring(ast.get_docstring(tree) or ""), clean_source(source), definitions)
+    definitions = tuple(walk_definitions(tree, PUBLIC_NAMES.get(name, name), source.splitlines()))
+    return Module(name, clean_docstring(ast.get_docstring(tree, clean=False) or ""), clean_source(source), definitions)
 
 
 def walk_definitions(node: ast.Module | ast.ClassDef, prefix: str, lines: list[str]) -> Iterator[Definition]:
@@ -133,14 +145,18 @@ def walk_definitions(node: ast.Module | ast.ClassDef, prefix: str, lines: list[s
     for child in node.body:
         if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             continue
-        name = f"{prefix}.{child.name}"
-        docstring = clean_docstring(ast.get_docstring(child) or "")
+        name = join_names(prefix, child.name)
+        docstring = clean_docstring(ast.get_docstring(child, clean=False) or "")
         if isinstance(child, ast.ClassDef):
             if docstring:
                 yield Definition(name, "", docstring, "")
             yield from walk_definitions(child, name, lines)
         elif docstring:
             yield Definition(name, signature_of(child), docstring, source_of(child, lines))
+
+
+def join_names(prefix: str, name: str) -> str:
+    return f"{prefix}.{name}" if prefix else name
 
 
 def signature_of(node: FunctionNode) -> str:
@@ -161,22 +177,29 @@ def read_compiled_modules() -> Iterator[Module]:
     for name in sorted(sys.builtin_module_names):
         if not name.startswith("_"):
             module = importlib.import_module(name)
-            definitions = tuple(walk_objects(module, name))
+            definitions = tuple(walk_objects(module, PUBLIC_NAMES.get(name, name)))
             yield Module(name, clean_docstring(module.__doc__ or ""), "", definitions)
 
 
 def walk_objects(owner: ModuleType | type, prefix: str) -> Iterator[Definition]:
     """The documented callables directly in `owner` and in its classes, by name."""
     for key, value in sorted(vars(owner).items()):
-        if not callable(value) and not inspect.isdatadescriptor(value):
+        if not callable(value):
             continue
         docstring = clean_docstring(getattr(value, "__doc__", None) or "")
-        name = f"{prefix}.{key}"
+        name = join_names(prefix, key)
         if docstring:
-            signature = getattr(value, "__text_signature__", None) or ""
-            yield Definition(name, re.sub(r"\$(self|module|type)(, /)?(, )?", "", signature), docstring, "")
+            yield Definition(name, compiled_signature(value), docstring, "")
         if isinstance(value, type) and isinstance(owner, ModuleType) and value.__module__ == owner.__name__:
             yield from walk_objects(value, name)
+
+
+def compiled_signature(value: object) -> str:
+    """Like `signature_of`; most compiled functions carry a signature, the others get "(...)"."""
+    if isinstance(value, type):
+        return ""
+    signature = getattr(value, "__text_signature__", None) or "(...)"
+    return re.sub(r"\$(self|module|type)(, /)?(, )?", "", signature)
 
 
 def read_topics(root: Path) -> Iterator[Topic]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import platform
 import signal
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -79,9 +78,7 @@ def prepare_tokenizer(options: Options, documents: list[Document], config: Model
     path = options.output / "tokenizer.json"
     if path.exists() and not options.new_tokenizer:
         return Tokenizer.from_file(str(path))
-    texts = (
-        document.text for document in documents if not document.is_validation for _ in range(document.kind.repeats)
-    )
+    texts = (document.text for document in documents if not document.is_validation)
     tokenizer = train_tokenizer(texts, config.vocab_size)
     save_tokenizer(tokenizer, options.output, config.max_position_embeddings)
     return tokenizer
@@ -258,4 +255,4 @@ def parse_options(arguments: list[str] | None = None) -> Options:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -64,13 +64,13 @@ def draw(masses: Tensor, uniforms: Tensor) -> Tensor:
         int64 (num_rows,): indices with mass; in range, whatever it is, where a row is not usable.
     """
     # Find the group, then the choice within it: the cumulative sums of a whole vocabulary need not be written.
-    num_choices = masses.shape[-1]
-    groups = pad(masses, (0, -num_choices % _GROUP_SIZE)).unflatten(-1, (-1, _GROUP_SIZE))
+    num_rows, num_choices = masses.shape
+    groups = pad(masses, (0, -num_choices % _GROUP_SIZE)).view(num_rows, -1, _GROUP_SIZE)
     group_masses = total_mass(groups)
     cumulative = group_masses.cumsum(-1)
     total = cumulative[:, -1:]
-    # Rounding may lift the product to the total when the uniform is close to 1.
-    target = torch.minimum((uniforms[:, None] * total).floor_(), total - 1)
+    # Below the total even after rounding: the uniform is at most 1 - 2**-53, and the total exact.
+    target = uniforms[:, None] * total
     group = _first_above(cumulative, target)
     target -= (cumulative - group_masses).gather(1, group)
     in_group = groups.gather(1, group[:, :, None].expand(-1, -1, _GROUP_SIZE))[:, 0]

@@ -56,5 +56,6 @@ def uniforms(seeds: Sequence[int], positions: Tensor) -> Tensor:
     key = torch.tensor(words, dtype=torch.int64, device=positions.device)
     zeros = torch.zeros_like(positions)
     counter = torch.stack((positions & _MASK_32, positions >> 32, zeros, zeros))
-    high, low, _, _ = philox4x32(counter, key)
-    return ((high << 21) | (low >> 11)).double() * 2.0**-53
+    random_words = philox4x32(counter, key)
+    fraction = (random_words[0] << 21) | (random_words[1] >> 11)
+    return fraction.double() * 2.0**-53

@@ -157,10 +157,8 @@ def _choose_filtered(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
 
 
 def _first_size(params: SamplingParams, sizes: list[int]) -> int:
-    """The smallest number of candidates that may do. Typical-p alone may keep the unlikely: it takes them all."""
-    if params.top_k > 0:
-        return next((size for size in sizes if size > params.top_k), sizes[-1])
-    return sizes[0] if params.top_p < 1.0 else sizes[-1]
+    """The smallest number of candidates that may do."""
+    return next((size for size in sizes if size > params.top_k), sizes[-1])
 
 
 def _total_masses(logits: Tensor, batch: SamplingBatch) -> Tensor:
@@ -178,11 +176,12 @@ def _filter(candidates: Candidates, total_masses: Tensor, params: list[SamplingP
     """
     device, size = total_masses.device, candidates.logits.shape[-1]
     has_top_k = torch.tensor([p.top_k > 0 for p in params], device=device)
-    # Judged after the row's first filter: until then tokens below the candidates still count.
+    # Where top-k is complete, nothing below the candidates counts any more.
     mass_below = (total_masses - total_mass(candidates.masses)).masked_fill_(has_top_k, 0)
     if any(p.top_k > 0 for p in params):
         top_k = [min(p.top_k, size) if p.top_k > 0 else size for p in params]
         candidates = candidates.keep_top_k(torch.tensor(top_k, device=device))
+    # Judged after a row's first filter: the next works on what that one left.
     is_complete = candidates.is_least_massless
     if any(p.top_p < 1.0 for p in params):
         top_p = torch.tensor([p.top_p for p in params], dtype=torch.float64, device=device)

@@ -1,0 +1,374 @@
+"""Fixtures of the shard's tests: tiny random checkpoints, what transformers generates with them, a scripted router."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from bros_shard.block_layout import block_of
+from bros_shard.options import ShardOptions
+from bros_shard.protocol import (
+    HostCopy,
+    NewSequence,
+    SamplingParams,
+    SequenceResult,
+    SequenceStep,
+    StepPlan,
+    TailMove,
+)
+from bros_shard.worker import Worker
+
+VOCAB_SIZE = 131  # does not divide by 2 or 4
+MAX_LENGTH = 128
+NUM_NEW_TOKENS = 16
+#: Keeps a random model from repeating itself, so that the outputs tell one computation from another.
+SAMPLING = SamplingParams(repetition_penalty=2.0)
+
+_LLAMA = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": MAX_LENGTH,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+_OPT = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_LENGTH,
+    "word_embed_proj_dim": 64,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+def _rope(rope_type: str, **parameters: float) -> dict[str, Any]:
+    return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1000.0, **parameters}}
+
+
+#: One model for each field of a config.json that changes the output.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", _LLAMA),
+    "llama-tied": ("Llama", _LLAMA | {"tie_word_embeddings": True}),
+    "llama-mha": ("Llama", _LLAMA | {"num_key_value_heads": 4}),
+    "llama-mqa": ("Llama", _LLAMA | {"num_key_value_heads": 1}),
+    "llama-biases": ("Llama", _LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("Llama", _LLAMA | {"head_dim": 32}),
+    "llama-gelu-eps": ("Llama", _LLAMA | {"hidden_act": "gelu", "rms_norm_eps": 0.1}),
+    "llama-rope-linear": ("Llama", _LLAMA | _rope("linear", factor=4.0)),
+    "llama-rope-dynamic": ("Llama", _LLAMA | _rope("dynamic", factor=2.0)),
+    "llama-rope-llama3": (
+        "Llama",
+        _LLAMA
+        | _rope(
+            "llama3",
+            factor=8.0,
+            low_freq_factor=1.0,
+            high_freq_factor=4.0,
+            original_max_position_embeddings=32,
+        ),
+    ),
+    "llama-rope-yarn": (
+        "Llama",
+        _LLAMA | _rope("yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=4.0),
+    ),
+    "mistral": ("Mistral", _LLAMA | {"sliding_window": None}),
+    "mistral-window": ("Mistral", _LLAMA | {"sliding_window": 7}),
+    "qwen2": ("Qwen2", _LLAMA),
+    "qwen2-window": (
+        "Qwen2",
+        _LLAMA | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "qwen3": ("Qwen3", _LLAMA | {"head_dim": 16, "tie_word_embeddings": True}),
+    "qwen3-window-bias": (
+        "Qwen3",
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 6,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "opt": ("OPT", _OPT),
+    "opt-350m-like": ("OPT", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
+    "opt-plain": (
+        "OPT",
+        _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+    ),
+    "opt-no-final-norm": ("OPT", _OPT | {"_remove_final_layer_norm": True, "tie_word_embeddings": False}),
+}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A tiny checkpoint, and what transformers makes of it in float32."""
+
+    path: Path
+    model: Any
+    prompts: list[list[int]]
+    outputs: list[list[int]]  # greedy with SAMPLING's penalty, NUM_NEW_TOKENS each
+
+
+def _make_model(kind: str, options: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**options)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            is_norm_scale = "norm" in name and name.endswith("weight")
+            # Small embeddings: a tied head would otherwise do no more than repeat the last token.
+            scale = 0.05 if "embed_tokens" in name else 0.2
+            parameter.normal_(1.0 if is_norm_scale else 0.0, scale)
+    model.tie_weights()
+    return model
+
+
+def _generate(model: Any, prompt: list[int]) -> list[int]:
+    output = model.generate(
+        torch.tensor([prompt]),
+        attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+        do_sample=False,
+        repetition_penalty=SAMPLING.repetition_penalty,
+        max_new_tokens=NUM_NEW_TOKENS,
+        pad_token_id=0,
+    )
+    return output[0, len(prompt) :].tolist()  # type: ignore[no-any-return]
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Reference]:
+    """Get the `Reference` of a model in `MODELS`, made once."""
+    made: dict[str, Reference] = {}
+
+    def get(name: str) -> Reference:
+        if name not in made:
+            model = _make_model(*MODELS[name])
+            path = tmp_path_factory.mktemp(name)
+            model.save_pretrained(path)
+            generator = random.Random(7)
+            prompts = [
+                [generator.randrange(VOCAB_SIZE) for _ in range(length)]
+                for length in (1, 2, 3, 15, 16, 17, 31, 32, 33, 40, 47, 9, 64, 5, 21, 12)
+            ]
+            made[name] = Reference(path, model, prompts, [_generate(model, prompt) for prompt in prompts])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def make_worker() -> Callable[..., Worker]:
+    """Make the single rank that serves a checkpoint in float32, its region full of NaN."""
+
+    def make(path: Path, **options: Any) -> Worker:
+        defaults = {"dtype": "float32", "block_size": 16, "kv_slots_limit": 64 * 16, "kv_memory_bytes": 2**30}
+        options = defaults | {"num_threads": 1} | options
+        worker = Worker(ShardOptions(endpoint="", rendezvous="", model_path=str(path), model_id="m", **options))
+        worker.cache.region.fill_(float("nan"))
+        return worker
+
+    return make
+
+
+@dataclass
+class _Scripted:
+    """A sequence as the scripted router sees it."""
+
+    new: NewSequence
+    token_ids: list[int]
+    signs: tuple[int, ...]  # of the entries it may be given: 1 forward, -1 reversed
+    num_computed: int = 0
+    block_table: list[int] = field(default_factory=list)
+    num_unchanged: int = 0  # entries that the rank has already
+    host_blocks: list[int] = field(default_factory=list)  # where its blocks lie while it is swapped out
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.token_ids) == self.new.max_total_tokens
+
+
+class ScriptedRouter:
+    """Plans steps for one worker: who runs, in which blocks and directions. Fills blocks that it frees with NaN."""
+
+    def __init__(self, worker: Worker, chunk_size: int = MAX_LENGTH, shares_tails: bool = False) -> None:
+        self.plans: list[StepPlan] = []
+        self.num_moves = 0
+        self._worker = worker
+        self._chunk_size = chunk_size
+        self._shares_tails = shares_tails
+        self._block_size = worker.cache.block_size
+        self._random = random.Random(0)
+        self._free = self._random.sample(range(worker.num_blocks), worker.num_blocks)
+        self._free_host = list(range(worker.cache.num_host_blocks))
+        self._sequences: dict[int, _Scripted] = {}
+        self._known: set[int] = set()
+        self._owners: dict[int, list[int]] = {}
+
+    def add(self, prompt: list[int], direction: str = "forward", sampling: SamplingParams = SAMPLING) -> int:
+        """Queue a sequence that generates NUM_NEW_TOKENS; direction is forward, reversed or mixed. Returns its id."""
+        sequence_id = len(self._sequences)
+        new = NewSequence(sequence_id, list(prompt), len(prompt) + NUM_NEW_TOKENS, sampling)
+        signs = {"forward": (1,), "reversed": (-1,), "mixed": (1, -1)}[direction]
+        self._sequences[sequence_id] = _Scripted(new, list(prompt), signs)
+        return sequence_id
+
+    def output(self, sequence_id: int) -> list[int]:
+        """The tokens generated so far."""
+        sequence = self._sequences[sequence_id]
+        return sequence.token_ids[len(sequence.new.token_ids) :]
+
+    def run(self) -> list[list[int]]:
+        """Step until every sequence has its tokens, then release them. Returns what each generated."""
+        while any(not sequence.is_finished for sequence in self._sequences.values()):
+            self.step()
+        self._execute(releases=sorted(self._known))
+        return [self.output(sequence_id) for sequence_id in self._sequences]
+
+    def step(self) -> None:
+        """Run every unfinished sequence: its next chunk, or its next token."""
+        running = {i: sequence for i, sequence in self._sequences.items() if not sequence.is_finished}
+        planned = {i: sequence.num_computed for i, sequence in self._sequences.items()}
+        for i, sequence in running.items():
+            planned[i] += min(self._chunk_size, len(sequence.token_ids) - sequence.num_computed)
+        moves = self._make_room_in_shared_blocks(planned)
+        for i in running:
+            self._grow(i, planned)
+        results = self._execute(
+            new_sequences=[sequence.new for i, sequence in running.items() if i not in self._known],
+            tail_moves=moves,
+            copies_in=[copy for sequence in running.values() for copy in self._restore(sequence)],
+            sequences=[self._sequence_step(i, planned[i]) for i in running],
+        )
+        self._known.update(running)
+        for result in results:
+            sequence = running[result.sequence_id]
+            sequence.num_computed = planned[result.sequence_id]
+            assert result.fault is None, f"sequence {result.sequence_id} read a slot that nobody wrote"
+            if result.token_id is not None:
+                sequence.token_ids.append(result.token_id)
+        for i, sequence in running.items():
+            if sequence.is_finished:
+                self._free_blocks(i)
+
+    def preempt(self, sequence_id: int, to_host: bool = False) -> None:
+        """Take a sequence's blocks. It comes back by recomputing them, or from copies in the host pool."""
+        sequence = self._sequences[sequence_id]
+        if to_host:
+            sequence.host_blocks = [self._free_host.pop() for _ in sequence.block_table]
+            self._execute(copies_out=self._host_copies(sequence))
+        else:
+            sequence.num_computed = 0
+        self._free_blocks(sequence_id)
+
+    def _execute(self, **parts: Any) -> list[SequenceResult]:
+        plan = StepPlan(0, len(self.plans), **parts)
+        self.plans.append(plan)
+        return self._worker.execute(plan).sequences
+
+    def _sequence_step(self, sequence_id: int, num_planned: int) -> SequenceStep:
+        sequence = self._sequences[sequence_id]
+        first_changed, sequence.num_unchanged = sequence.num_unchanged, len(sequence.block_table)
+        return SequenceStep(
+            sequence_id,
+            sequence.num_computed,
+            num_planned - sequence.num_computed,
+            first_changed,
+            sequence.block_table[first_changed:],
+        )
+
+    def _grow(self, sequence_id: int, planned: dict[int, int]) -> None:
+        sequence = self._sequences[sequence_id]
+        while len(sequence.block_table) * self._block_size < planned[sequence_id]:
+            need = planned[sequence_id] - len(sequence.block_table) * self._block_size
+            entry = self._gap(sequence, need, planned) if self._shares_tails else None
+            self._append(sequence_id, self._fresh_entry(sequence) if entry is None else entry)
+
+    def _append(self, sequence_id: int, entry: int) -> None:
+        self._sequences[sequence_id].block_table.append(entry)
+        self._owners.setdefault(block_of(entry), []).append(sequence_id)
+
+    def _fresh_entry(self, sequence: _Scripted) -> int:
+        block = self._free.pop()
+        return block if self._random.choice(sequence.signs) > 0 else ~block
+
+    def _gap(self, sequence: _Scripted, need: int, planned: dict[int, int]) -> int | None:
+        """The entry of a tail block that another sequence fills from the other end, with room for `need` tokens."""
+        for other_id, other in self._sequences.items():
+            if not other.block_table or other is sequence:
+                continue
+            entry = other.block_table[-1]
+            sign = -1 if entry >= 0 else 1
+            room = self._block_size - self._num_in_tail(other_id, planned)
+            if sign in sequence.signs and len(self._owners[block_of(entry)]) == 1 and need + 4 <= room:
+                return ~entry
+        return None
+
+    def _num_in_tail(self, sequence_id: int, planned: dict[int, int]) -> int:
+        return planned[sequence_id] - (len(self._sequences[sequence_id].block_table) - 1) * self._block_size
+
+    def _make_room_in_shared_blocks(self, planned: dict[int, int]) -> list[TailMove]:
+        """Where two tails would meet this step, the reversed one moves to a block of its own."""
+        moves = []
+        for block, owners in list(self._owners.items()):
+            if sum(self._num_in_tail(i, planned) for i in owners) <= self._block_size or len(owners) == 1:
+                continue
+            reversed_id = next(i for i in owners if self._sequences[i].block_table[-1] == ~block)
+            sequence = self._sequences[reversed_id]
+            num_tokens = sequence.num_computed - (len(sequence.block_table) - 1) * self._block_size
+            sequence.block_table.pop()
+            owners.remove(reversed_id)
+            self._append(reversed_id, self._fresh_entry(sequence))
+            sequence.num_unchanged = len(sequence.block_table) - 1
+            moves.append(TailMove(~block, sequence.block_table[-1], num_tokens))
+        self.num_moves += len(moves)
+        return moves
+
+    def _restore(self, sequence: _Scripted) -> list[HostCopy]:
+        if not sequence.host_blocks:
+            return []
+        copies = self._host_copies(sequence)
+        self._free_host += sequence.host_blocks
+        sequence.host_blocks = []
+        return copies
+
+    def _host_copies(self, sequence: _Scripted) -> list[HostCopy]:
+        copies = []
+        for index, host_block in enumerate(sequence.host_blocks):
+            num_tokens = min(self._block_size, sequence.num_computed - index * self._block_size)
+            copies.append(HostCopy(sequence.block_table[index], host_block, num_tokens))
+        return copies
+
+    def _free_blocks(self, sequence_id: int) -> None:
+        sequence = self._sequences[sequence_id]
+        for entry in sequence.block_table:
+            owners = self._owners[block_of(entry)]
+            owners.remove(sequence_id)
+            if not owners:
+                del self._owners[block_of(entry)]
+                self._free.append(block_of(entry))
+                self._worker.cache.region[:, :, block_of(entry)] = float("nan")
+        sequence.block_table = []
+        sequence.num_unchanged = 0
+
+
+@pytest.fixture
+def scripted_router() -> type[ScriptedRouter]:
+    """The class that drives a worker."""
+    return ScriptedRouter
