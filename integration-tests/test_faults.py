@@ -193,6 +193,27 @@ def test_killed_rank_is_replaced_and_every_reply_goes_on_unchanged(launch, event
     assert server.stop() == 0
 
 
+def test_rank_that_falls_silent_is_replaced(launch):
+    server = launch("--dtype", "float32").wait_until_ready()
+    undisturbed = [event["token"]["id"] for event in events(request_stream(server, max_new_tokens=60))]
+    stream = events(request_stream(server, max_new_tokens=60))
+    tokens = [next(stream)["token"]["id"] for _ in range(5)]
+    os.kill(server.ranks[0].pid, signal.SIGSTOP)
+    assert "silent" in server.wait_for("ranks failed")["reason"]
+    assert tokens + [event["token"]["id"] for event in stream] == undisturbed
+    server.process.kill()
+
+
+def test_rank_told_to_end_from_outside_drains_the_server(launch):
+    server = launch().wait_until_ready()
+    stream = request_stream(server, max_new_tokens=100)
+    next(events(stream))
+    server.ranks[0].terminate()
+    server.wait_for("draining")
+    assert list(events(stream))[-1]["generated_text"] is not None
+    assert server.process.wait(60) == 0
+
+
 def test_malformed_and_stale_frames_are_dropped_and_counted(launch, tmp_path, eventually):
     server = launch(environment={"TMPDIR": str(tmp_path)}).wait_until_ready()
     stream = events(request_stream(server))

@@ -10,7 +10,7 @@ from typing import Final, TypeAlias
 
 from bros_router.shard_client import GroupInfo, ShardError, ShardGroup
 from bros_router.startup_error import CheckpointError, RankDiedError, StartupError, UsageError
-from bros_router.supervisor import OnLine, RankExit, RankProcesses
+from bros_router.supervisor import OnLine, RankProcesses
 from bros_shard.exit_codes import ExitCode
 from bros_shard.options import ShardOptions
 
@@ -23,7 +23,7 @@ _SILENCE_CHECK_PERIOD_S: Final = 1.0
 #: From a generation to the options of its ranks, in order of rank.
 MakeOptions: TypeAlias = Callable[[int], Sequence[ShardOptions]]
 
-_ERRORS: Final[dict[int | None, type[StartupError]]] = {
+_ERRORS: Final[dict[int, type[StartupError]]] = {
     ExitCode.USAGE: UsageError,
     ExitCode.BAD_CHECKPOINT: CheckpointError,
 }
@@ -42,7 +42,6 @@ class RankGroup:
         self._on_line = on_line
         self._processes: RankProcesses | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._first_exit: asyncio.Future[RankExit] | None = None
 
     async def __aenter__(self) -> RankGroup:
         return self
@@ -72,20 +71,19 @@ class RankGroup:
         """
         await self._stop(grace_s=0.0)
         options = self._make_options(self.shards.start())
-        self._first_exit = asyncio.get_running_loop().create_future()
         self._processes = RankProcesses(options, num_cores=len(os.sched_getaffinity(0)), on_line=self._on_line)
-        await self._processes.__aenter__()
-        self._watcher = asyncio.create_task(self._watch(self._processes, self._first_exit), name="rank watcher")
+        await self._processes.start()
+        self._watcher = asyncio.create_task(self._watch(self._processes), name="rank watcher")
         return await self.shards.ready()
 
     async def startup_error(self, error: ShardError) -> StartupError:
         """What a failed start means for the operator, judged by the exit status of the rank that ended first."""
-        assert self._first_exit is not None
-        done, _ = await asyncio.wait([self._first_exit], timeout=_EXIT_STATUS_WAIT_S)
-        status = done.pop().result().status if done else None
-        return _ERRORS.get(status, RankDiedError)(str(error))
+        assert self._processes is not None
+        exits = await self._processes.wait_any_exit(_EXIT_STATUS_WAIT_S)
+        kinds = [_ERRORS[rank_exit.status] for rank_exit in exits if rank_exit.status in _ERRORS]
+        return (kinds[0] if kinds else RankDiedError)(str(error))
 
-    async def _watch(self, processes: RankProcesses, first_exit: asyncio.Future[RankExit]) -> None:
+    async def _watch(self, processes: RankProcesses) -> None:
         """Fail the generation as soon as a rank ends or falls silent."""
         while True:
             try:
@@ -93,8 +91,6 @@ class RankGroup:
             except asyncio.TimeoutError:
                 self.shards.check_silence()
                 continue
-            if not first_exit.done():
-                first_exit.set_result(rank_exit)
             self.shards.fail(str(rank_exit))
 
     async def _stop(self, grace_s: float) -> None:

@@ -35,8 +35,6 @@ from bros_shard.protocol import Hello, Progress
 
 #: How long replies that just ended get to reach their clients.
 _FLUSH_TIMEOUT_S: Final = 5.0
-#: Most sequences in a step where `--max-batch-size` does not say.
-_DEFAULT_MAX_NUM_SEQUENCES: Final = 256
 
 log = structlog.get_logger()
 
@@ -154,7 +152,7 @@ class Server:
     def _make_engine(self, shards: ShardGroup, model: ServedModel, hello: Hello) -> StepEngine:
         batch = self._config.batch
         kv = KVManager(hello.num_blocks, hello.block_size)
-        limits = SchedulerLimits(batch.max_batch_prefill_tokens, batch.max_batch_size or _DEFAULT_MAX_NUM_SEQUENCES)
+        limits = SchedulerLimits(batch.max_batch_prefill_tokens, batch.max_batch_size)
         scheduler = Scheduler(FirstComeFirstServed(), kv, limits, shards.generation)
         engine_model = EngineModel(model.tokenizer, model.eos_token_ids, hello.vocab_size)
         return StepEngine(scheduler, kv, shards, engine_model, self._metrics)

@@ -66,7 +66,7 @@ class RankProcesses:
         self._program = program
         self._processes: list[_RankProcess] = []
 
-    async def __aenter__(self) -> RankProcesses:
+    async def start(self) -> None:
         """Start every rank. Raises `OSError` where a process cannot be started."""
         try:
             for options in self._options:
@@ -78,6 +78,9 @@ class RankProcesses:
         except BaseException:
             await self.stop(grace_s=0.0)
             raise
+
+    async def __aenter__(self) -> RankProcesses:
+        await self.start()
         return self
 
     async def __aexit__(

@@ -1,13 +1,11 @@
 """What the tests of the HTTP side share: small real tokenizers, an engine that plays a script, a server on a socket."""
 
 import asyncio
-import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import structlog
 from aiohttp.test_utils import TestClient, TestServer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
@@ -76,6 +74,7 @@ class ScriptedGeneration:
 
     def __enter__(self) -> "ScriptedGeneration":
         self._engine.num_running += 1
+        self._engine.started.set()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -99,12 +98,14 @@ class ScriptedEngine:
     An event in the script is sent, an `asyncio.Event` waited for, an exception raised.
     """
 
-    script: list[TokenEvent | asyncio.Event | Exception] = field(default_factory=list)
+    script: Iterable[TokenEvent | asyncio.Event | Exception]
     is_healthy: bool = True
     #: Raised by the next `submit`.
     refusal: Exception | None = None
     requests: list[ValidRequest] = field(default_factory=list)
     num_running: int = 0
+    #: A generation was entered, and left.
+    started: asyncio.Event = field(default_factory=asyncio.Event)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
     def submit(self, request: ValidRequest) -> ScriptedGeneration:
@@ -149,12 +150,18 @@ class Server:
         return [line for line in text.splitlines() if not line.startswith("#")]
 
 
+@pytest.fixture(name="reply_of")
+def reply_of_fixture() -> Callable[..., list[TokenEvent]]:
+    """`reply_of("Hello", "</s>", reason=...)`: the events of a whole reply."""
+    return reply_of
+
+
 Serve = Callable[..., Awaitable[Server]]
 
 
 @pytest.fixture
 async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
-    """Starts servers: `await serve(config, pipeline_tag=..., timeouts=..., max_input_tokens=..., max_total_tokens=...)`."""
+    """Starts servers that are ready: `await serve(ApiConfig(...), timeouts=...)`."""
     clients = []
 
     async def start(
@@ -166,8 +173,7 @@ async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
         max_total_tokens: int = 64,
         timeouts: Timeouts | None = None,
     ) -> Server:
-        service, engine, metrics = Service(), ScriptedEngine(), Metrics()
-        engine.script.extend(reply_of("Hello", " world"))
+        service, engine, metrics = Service(), ScriptedEngine(reply_of("Hello", " world")), Metrics()
         service.engine, service.phase = engine, Phase.READY
         service.model = ServedModel(
             model_id="acme/tiny",

@@ -14,7 +14,7 @@ PACKAGES = {
     "bros_kernels": REPOSITORY / "kernels" / "bros_kernels",
 }
 #: The modules of the shard that load no torch: all that the router may know of it.
-TORCH_FREE = {"bros_shard.protocol", "bros_shard.block_layout", "bros_shard.options"}
+TORCH_FREE = {f"bros_shard.{module}" for module in ("protocol", "block_layout", "options", "exit_codes", "lifeline")}
 
 
 def imports_of(package: str) -> set[str]:

@@ -40,6 +40,7 @@ CHECKPOINT_EVERY_S: Final = 300.0
 #: Validation during training: this many rows of this length, always the same.
 VALIDATION_ROWS: Final = 64
 VALIDATION_ROW_LENGTH: Final = 512
+VALIDATION_BATCH: Final = 8
 
 
 @dataclass(frozen=True)
@@ -160,8 +161,10 @@ class Run:
         """Add a point to the curve."""
         rows = self.validation
         losses = [
-            self.model(rows.tokens[start : start + 8], rows.targets[start : start + 8]).item()
-            for start in range(0, VALIDATION_ROWS, 8)
+            self.model(tokens, targets).item()
+            for tokens, targets in zip(
+                rows.tokens.split(VALIDATION_BATCH), rows.targets.split(VALIDATION_BATCH), strict=True
+            )
         ]
         point = {
             "minutes": round(self.elapsed_s / 60, 1),
@@ -244,7 +247,7 @@ def parse_options(arguments: list[str] | None = None) -> Options:
     parser = argparse.ArgumentParser(prog="python -m bros_shard.demo_model.train", description=__doc__)
     parser.add_argument("--minutes", type=float, default=75.0, help="wall-clock budget")
     parser.add_argument("--steps", type=int, help="budget in steps, instead of minutes; repeatable to the bit")
-    parser.add_argument("--tokens-per-step", type=int, default=8192)
+    parser.add_argument("--tokens-per-step", type=int, default=4096)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=DIRECTORY, help="folder of the finished model")
