@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,10 @@ STOP_TIMEOUT_S = 60.0
 class Launcher:
     """One `text-generation-launcher` process and what it logs."""
 
-    def __init__(self, *arguments: str, environment: dict[str, str] | None = None) -> None:
-        command = [str(Path(sys.executable).parent / "text-generation-launcher"), "--json-output", *arguments]
+    def __init__(self, *arguments: str, program: Sequence[str] = (), environment: dict[str, str] | None = None) -> None:
+        program = program or [str(Path(sys.executable).parent / "text-generation-launcher")]
         self.process = subprocess.Popen(
-            command,
+            [*program, "--json-output", *arguments],
             env=os.environ | {"HOSTNAME": "127.0.0.1", "PORT": "0"} | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -99,11 +99,11 @@ class Launcher:
 
 @pytest.fixture(scope="session")
 def launch() -> Iterator[Callable[..., Launcher]]:
-    """`launch(*flags, environment=None)` starts a launcher; all are ended with the session."""
+    """`launch(*flags, program=(), environment=None)` starts a launcher; all are ended with the session."""
     started: list[Launcher] = []
 
-    def start(*arguments: str, environment: dict[str, str] | None = None) -> Launcher:
-        started.append(Launcher(*arguments, environment=environment))
+    def start(*arguments: str, **how: Any) -> Launcher:
+        started.append(Launcher(*arguments, **how))
         return started[-1]
 
     yield start

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hmac
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Final
 
 import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from bros_router.admission import Permits
@@ -37,13 +39,28 @@ _OPEN: Final[Mapping[str, Mapping[str, Handler]]] = {
     "/v1/models": {"GET": handlers.models},
 }
 
+#: How long a client that was answered early may go on sending before its connection is cut.
+_LINGERING_S: Final = 2.0
+
 log = structlog.get_logger()
+
+
+class _NotTheClients(logging.Filter):
+    """Lets through what the library logs, but not what clients can make it log: requests that are not HTTP."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError)
+
+
+_http_log = logging.getLogger("bros_router.http")
+_http_log.addFilter(_NotTheClients())
 
 
 def create_app(
     config: ApiConfig, service: Service, metrics: Metrics, timeouts: Timeouts | None = None
 ) -> web.Application:
-    """The application. Run it with `handler_cancellation=True`, or clients that leave are served to the end."""
+    """The application. `create_runner` runs it."""
     app = web.Application(middlewares=[_answer_preflight, _answer_errors])
     validator = Validator(config)
     app[API] = Api(
@@ -63,6 +80,26 @@ def create_app(
 
     app.cleanup_ctx.append(close_validator)
     return app
+
+
+def create_runner(app: web.Application, *, shutdown_timeout_s: float = 60.0) -> web.AppRunner:
+    """What runs the application on a socket.
+
+    Handlers of clients that leave are cancelled, which ends their sequences. Bodies are left as they came: a
+    compressed one is refused, not inflated.
+
+    Args:
+        shutdown_timeout_s: how long open replies may take once the runner is told to end.
+    """
+    return web.AppRunner(
+        app,
+        handler_cancellation=True,
+        auto_decompress=False,
+        access_log=None,
+        logger=_http_log,
+        lingering_time=_LINGERING_S,
+        shutdown_timeout=shutdown_timeout_s,
+    )
 
 
 def _add_routes(app: web.Application, api_key: str | None) -> None:
@@ -126,7 +163,7 @@ async def _answer_errors(request: web.Request, handler: Handler) -> web.StreamRe
     except web.HTTPNotFound:
         return web.Response(status=404)
     except ConnectionError:
-        raise  # the client is gone: there is nobody to answer
+        return web.Response(status=499)  # the client is gone: nobody will see this
     except Exception:
         log.exception("request failed", method=request.method, path=request.path)
         return errors.error_response(errors.InternalError())

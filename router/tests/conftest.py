@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from bros_router.api.call import Timeouts
-from bros_router.app import create_app
+from bros_router.app import create_app, create_runner
 from bros_router.config import ApiConfig
 from bros_router.metrics import Metrics
 from bros_router.request import Finish, FinishReason, Token, TokenEvent, ValidRequest
@@ -127,6 +128,13 @@ def reply_of(*texts: str, reason: FinishReason = FinishReason.LENGTH) -> list[To
     return [*map(TokenEvent, others), TokenEvent(last, finish)]
 
 
+class SocketServer(TestServer):
+    """The library's test server, run as the real one is."""
+
+    async def _make_runner(self, **_: object) -> web.BaseRunner:
+        return create_runner(self.app)
+
+
 @dataclass
 class Server:
     """A server on a socket, and what is behind it."""
@@ -186,7 +194,7 @@ async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
             compute_type="1-cpu",
         )
         app = create_app(config or ApiConfig(), service, metrics, timeouts)
-        client = TestClient(TestServer(app), auto_decompress=False)
+        client = TestClient(SocketServer(app))
         await client.start_server()
         clients.append(client)
         return Server(client, service, engine, metrics)

@@ -11,6 +11,7 @@ from bros_router.config import ApiConfig
 JSON = {"content-type": "application/json"}
 UNTYPED = "Expected request with `Content-Type: application/json`"
 TOO_LARGE = "Failed to buffer the request body: length limit exceeded"
+HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 BODY_ROUTES = ["/", "/generate", "/generate_stream", "/tokenize"]
 
 
@@ -81,10 +82,7 @@ async def test_a_body_at_the_limit_is_read(serve):
 async def test_the_declared_size_is_enough_to_refuse(serve):
     """Nothing of the body was sent, and nothing of it is waited for."""
     server = await serve(ApiConfig(payload_limit=1000))
-    answer = await server.exchange(
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 9999999\r\n\r\n",
-        end=TOO_LARGE.encode(),
-    )
+    answer = await server.exchange(HEAD + b"Content-Length: 9999999\r\n\r\n", end=TOO_LARGE.encode())
     assert answer.startswith(b"HTTP/1.1 413 ")
 
 
@@ -104,31 +102,30 @@ async def test_compressed_bodies_are_refused_unread(serve, encoding):
 
 async def test_a_body_that_does_not_arrive_is_408(serve):
     server = await serve(timeouts=Timeouts(body_s=0.05))
-    answer = await server.exchange(
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n{"
-    )
+    answer = await server.exchange(HEAD + b"Content-Length: 14\r\n\r\n{", end=b"}")
     head, _, body = answer.partition(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 408 ")
     assert b"\r\nConnection: close" in head
     assert body == b'{"error":"Request body was not received in time","error_type":"timeout"}'
 
 
-async def test_broken_framing_is_400(serve):
+async def test_broken_framing_is_400_and_no_news(serve, caplog):
     server = await serve()
-    answer = await server.exchange(
-        b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        b"Transfer-Encoding: chunked\r\n\r\nnot a length\r\n"
-    )
-    assert answer.startswith(b"HTTP/1.1 400 ")
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.client.port)
+    writer.write(HEAD + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n1\r\n{\r\n")
+    assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
+    writer.write(b"not a length\r\n")
+    assert b" 400 " in await reader.readline()
+    writer.close()
+    assert b" 400 " in await server.exchange(b"BREW /generate HTTP/1.1\r\n\r\n", end=b"\r\n")
+    assert caplog.records == []
 
 
 async def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(serve, caplog):
     server = await serve(ApiConfig(max_concurrent_requests=1))
     for _ in range(3):
         _, writer = await asyncio.open_connection("127.0.0.1", server.client.port)
-        writer.write(
-            b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 14\r\n\r\n{"
-        )
+        writer.write(HEAD + b"Content-Length: 14\r\n\r\n{")
         await writer.drain()
         writer.close()
     assert (await server.client.post("/generate", json={"inputs": "x"})).status == 200
