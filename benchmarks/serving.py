@@ -66,12 +66,12 @@ class ServerUnderTest:
         self._process.terminate()
         self._process.wait(60)
 
-    def busy_and_idle_s(self) -> tuple[float, float]:
+    def busy_and_idle_s(self) -> tuple[float, ...]:
         """Seconds the rank spent in steps, and between steps while there was work, since the start."""
         with urllib.request.urlopen(f"{self.url}/metrics") as reply:
             lines = reply.read().decode().splitlines()
         values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return float(values["bros_rank_step_duration_sum"]), float(values["bros_rank_idle_duration_sum"])
+        return tuple(float(values.get(f"bros_rank_{kind}_duration_sum", 0.0)) for kind in ("step", "idle"))
 
 
 class Baseline:

@@ -116,14 +116,27 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, scale: float) 
     q = q.view(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim)
     if group.num_sequences == num_tokens:
         # (sequence, kv head, query head of the group as rows, head_dim): a key is read once for all its heads.
-        out = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=group.mask, scale=scale)
-        return out.reshape(num_tokens, num_heads, head_dim)
+        num_rows = q.shape[2]
+        out = F.scaled_dot_product_attention(
+            _with_even_rows(q), k.transpose(1, 2), v.transpose(1, 2), attn_mask=group.mask, scale=scale
+        )
+        return out[:, :, :num_rows].reshape(num_tokens, num_heads, head_dim)
     # (kv head, query head of the group, token, head_dim): keys are broadcast over the heads that share them.
     q = q.permute(1, 2, 0, 3)
     k = k[0].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1)
     v = v[0].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1)
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, is_causal=group.is_causal, scale=scale)
     return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def _with_even_rows(q: Tensor) -> Tensor:
+    """Add a row of zeros to q: (..., rows, head_dim) where a CPU multiplies one row more in less time.
+
+    Measured with oneMKL on Zen 4, 32 sequences of 160 keys, one thread: 1 row of bfloat16 takes 2.6 times as long
+    as 2, 3 rows take 1.25 times as long as 4 in bfloat16 and 1.5 times in float32. One row of float32 is fastest.
+    """
+    is_slow = q.shape[-2] % 2 == 1 and (q.shape[-2] > 1 or q.dtype != torch.float32)
+    return F.pad(q, (0, 0, 0, 1)) if is_slow and q.device.type == "cpu" else q
 
 
 def _runs_of_similar_length(seq_lens: list[int]) -> list[tuple[int, int]]:

@@ -93,7 +93,7 @@ def create_runner(app: web.Application, *, shutdown_timeout_s: float = 60.0) -> 
     """
     return web.AppRunner(
         app,
-        handler_cancellation=True,
+        handler_cancellation=False,
         auto_decompress=False,
         access_log=None,
         logger=_http_log,
@@ -105,17 +105,16 @@ def create_runner(app: web.Application, *, shutdown_timeout_s: float = 60.0) -> 
 def _add_routes(app: web.Application, api_key: str | None) -> None:
     guard = _key_guard(api_key)
     for path in {**_GUARDED, **_OPEN}:
-        guarded, open_ = _GUARDED.get(path, {}), _OPEN.get(path, {})
-        resource = app.router.add_resource(path)
-        for method, handler in guarded.items():
-            resource.add_route(method, guard(handler))
-        for method, handler in open_.items():
-            resource.add_route(method, handler)
-            if method == "GET":
-                resource.add_route("HEAD", handler)
+        by_method = {method: guard(handler) for method, handler in _GUARDED.get(path, {}).items()}
+        by_method |= _OPEN.get(path, {})
+        if "GET" in by_method:
+            by_method["HEAD"] = by_method["GET"]
         # TGI asks for the key before it looks at the method.
-        refuse = _method_not_allowed(sorted({*guarded, *open_, *(("HEAD",) if "GET" in open_ else ())}))
-        resource.add_route("*", guard(refuse) if guarded else refuse)
+        refuse = _method_not_allowed(sorted(by_method))
+        by_method["*"] = guard(refuse) if path in _GUARDED else refuse
+        resource = app.router.add_resource(path)
+        for method, handler in by_method.items():
+            resource.add_route(method, handler)
 
 
 def _key_guard(api_key: str | None) -> Callable[[Handler], Handler]:

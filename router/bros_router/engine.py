@@ -186,17 +186,20 @@ class StepEngine:
         Raises:
             ShardError: the group failed. The accepted requests are unharmed and wait for `restart` or `fail_all`.
         """
+        follows_a_step = False
         while True:
-            await self._work.wait()
             plan = self._scheduler.plan(time.monotonic())
             self._observe_queue()
-            if plan is None:
-                self._work.clear()
-                self._metrics.engine_idle()
+            if plan is not None:
+                await self._step(plan, follows_a_step)
+                follows_a_step = True
                 continue
-            await self._step(plan)
+            self._metrics.engine_idle()
+            self._work.clear()
+            await self._work.wait()
+            follows_a_step = False
 
-    async def _step(self, plan: StepPlan) -> None:
+    async def _step(self, plan: StepPlan, follows_a_step: bool) -> None:
         method = _method_of(plan)
         self._metrics.step_sent(
             method,
@@ -217,6 +220,7 @@ class StepEngine:
         self._metrics.step_finished(
             method, total_s=now_s - sent_s, forward_s=result.forward_s, sampling_s=result.sampling_s
         )
+        self._metrics.rank_worked(result.step_s, result.idle_s if follows_a_step else None)
         self._note_idle()
 
     def _stream(self, outcome: Outcome, now_s: float) -> None:

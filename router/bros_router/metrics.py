@@ -72,6 +72,10 @@ class Metrics:
             "bros_inter_token_latency_seconds", "Between two tokens of a reply", _INTER_TOKEN_BUCKETS
         )
         self._kv_blocks = Gauge("bros_kv_blocks", "KV blocks by owner", ["owner"], registry=self._registry)
+        self._rank_step = self._duration("bros_rank_step_duration", "A step on rank 0, from plan to result")
+        self._rank_idle = self._duration(
+            "bros_rank_idle_duration", "Rank 0 between a result and the next plan, while there was work"
+        )
         self._frames_dropped = self._counter(
             "bros_frames_dropped_total", "Frames from ranks that were not used, by reason", "reason"
         )
@@ -135,6 +139,12 @@ class Metrics:
         self._step_duration.labels(method).observe(total_s)
         self._forward_duration.labels(method).observe(forward_s)
         self._sampling_duration.labels(method).observe(sampling_s)
+
+    def rank_worked(self, step_s: float, idle_s: float | None) -> None:
+        """Rank 0 spent `step_s` on a step, after `idle_s` without one; `None` where there was no work before."""
+        self._rank_step.observe(step_s)
+        if idle_s is not None:
+            self._rank_idle.observe(idle_s)
 
     def step_failed(self, method: Method) -> None:
         """A step was lost: its ranks are gone."""

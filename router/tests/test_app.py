@@ -305,6 +305,17 @@ async def test_with_the_key_everything_is_answered(serve, key):
         assert answer.startswith(b"HTTP/1.1 200 ")
 
 
+@pytest.mark.parametrize("path", [b"/%67enerate", b"/generate?x=1", b"http://other/generate", b"/generate#x"])
+async def test_no_spelling_of_a_path_goes_round_the_key(serve, path):
+    server = await serve(ApiConfig(api_key="secret"))
+    answer = await server.exchange(
+        b"POST " + path + b" HTTP/1.1\r\nHost: health\r\nConnection: close\r\n"
+        b'Content-Type: application/json\r\nContent-Length: 14\r\n\r\n{"inputs":"x"}'
+    )
+    assert answer.split(b" ")[1] in (b"401", b"404")
+    assert server.engine.requests == []
+
+
 async def test_open_routes_need_no_key(serve):
     server = await serve(ApiConfig(api_key="secret"))
     for path in ("/", "/health", "/ping", "/info", "/metrics", "/v1/models", "/health/live", "/health/startup"):

@@ -4,6 +4,7 @@ import asyncio
 import gzip
 
 import pytest
+from structlog.testing import capture_logs
 
 from bros_router.api.call import Timeouts
 from bros_router.config import ApiConfig
@@ -109,24 +110,31 @@ async def test_a_body_that_does_not_arrive_is_408(serve):
     assert body == b'{"error":"Request body was not received in time","error_type":"timeout"}'
 
 
-async def test_broken_framing_is_400_and_no_news(serve, caplog):
+async def test_what_is_not_http_is_400_and_no_news(serve, caplog):
     server = await serve()
+    assert b" 400 " in await server.exchange(b"BREW /generate HTTP/1.1\r\n\r\n", end=b"\r\n")
+    assert b" 400 " in await server.exchange(HEAD + b"Transfer-Encoding: chunked\r\n\r\nmany", end=b"\r\n")
+    assert caplog.records == []
+
+
+async def test_framing_that_breaks_amid_a_body_is_a_body_that_does_not_arrive(serve):
+    server = await serve(timeouts=Timeouts(body_s=0.05))
     reader, writer = await asyncio.open_connection("127.0.0.1", server.client.port)
     writer.write(HEAD + b"Transfer-Encoding: chunked\r\nExpect: 100-continue\r\n\r\n1\r\n{\r\n")
     assert await reader.readuntil(b"\r\n\r\n") == b"HTTP/1.1 100 Continue\r\n\r\n"
-    writer.write(b"not a length\r\n")
-    assert b" 400 " in await reader.readline()
+    writer.write(b"many\r\n")
+    assert b" 408 " in await reader.readline()
     writer.close()
-    assert b" 400 " in await server.exchange(b"BREW /generate HTTP/1.1\r\n\r\n", end=b"\r\n")
-    assert caplog.records == []
 
 
-async def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(serve, caplog):
+@pytest.mark.parametrize("framing", [b"Content-Length: 14\r\n\r\n{", b"Transfer-Encoding: chunked\r\n\r\n5\r\n{"])
+async def test_a_client_that_leaves_amid_its_body_leaves_nothing_behind(serve, caplog, framing):
     server = await serve(ApiConfig(max_concurrent_requests=1))
-    for _ in range(3):
-        _, writer = await asyncio.open_connection("127.0.0.1", server.client.port)
-        writer.write(HEAD + b"Content-Length: 14\r\n\r\n{")
-        await writer.drain()
-        writer.close()
-    assert (await server.client.post("/generate", json={"inputs": "x"})).status == 200
-    assert caplog.records == []
+    with capture_logs() as logs:
+        for _ in range(3):
+            _, writer = await asyncio.open_connection("127.0.0.1", server.client.port)
+            writer.write(HEAD + framing)
+            await writer.drain()
+            writer.close()
+        assert (await server.client.post("/generate", json={"inputs": "x"})).status == 200
+    assert (logs, caplog.records) == ([], [])

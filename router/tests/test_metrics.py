@@ -100,6 +100,19 @@ def test_steps_are_counted_by_method():
     assert (idle["tgi_batch_current_size"], idle["tgi_batch_current_max_tokens"]) == (0, 0)
 
 
+def test_the_time_of_rank_0_is_told():
+    metrics = Metrics()
+    metrics.rank_worked(0.5, None)
+    metrics.rank_worked(0.25, 0.125)
+    ours = {name: value for name, value in samples(metrics).items() if name.startswith("bros_")}
+    assert ours == {
+        "bros_rank_step_duration_count": 2,
+        "bros_rank_step_duration_sum": 0.75,
+        "bros_rank_idle_duration_count": 1,
+        "bros_rank_idle_duration_sum": 0.125,
+    }
+
+
 def test_what_is_ours_is_told_by_class_and_owner():
     metrics = Metrics()
     metrics.observe_ttft(RequestClass.RT, 0.5)

@@ -32,6 +32,9 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"max_new_tokens": 0}, "`max_new_tokens` must be strictly positive"),
     ({"stop": ["a", "b", "c", "d", "e"]}, "`stop` supports up to 4 stop sequences. Given: 5"),
     ({"best_of": 2, "do_sample": True, "seed": 1}, "`seed` must not be set when `best_of` > 1"),
+    ({"top_n_tokens": 2**32 - 1}, "`top_n_tokens` must be >= 0 and <= 5. Given: 4294967295"),
+    ({"stop": ["a"] * 100_000}, "`stop` supports up to 4 stop sequences. Given: 100000"),
+    ({"truncate": 2**63 - 1}, "`truncate` must be strictly positive and less than 60. Given: 9223372036854775807"),
     ({"top_n_tokens": 6}, "`top_n_tokens` must be >= 0 and <= 5. Given: 6"),
     ({"truncate": 0}, "`truncate` must be strictly positive and less than 60. Given: 0"),
     ({"truncate": 61}, "`truncate` must be strictly positive and less than 60. Given: 61"),
@@ -52,7 +55,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("parameters", "message"), RULES, ids=[json.dumps(parameters) for parameters, _ in RULES])
+@pytest.mark.parametrize(("parameters", "message"), RULES, ids=[json.dumps(parameters)[:60] for parameters, _ in RULES])
 async def test_a_broken_rule_is_told_in_tgis_words(serve, parameters, message):
     server = await serve()
     response = await server.client.post("/generate", json={"inputs": "xx", "parameters": parameters})

@@ -190,7 +190,7 @@ class StepResult(Message, frozen=True, tag="result"):
     sampling_s: Seconds
     #: Everything: from the plan's arrival on the rank to this result.
     step_s: Seconds
-    #: From the previous step's result to this plan's arrival: the rank had nothing to do.
+    #: From the end of the previous step to this plan's arrival: the rank had nothing to do.
     idle_s: Seconds
 
 

@@ -111,7 +111,6 @@ class ShardServer:
         self._clock = StepClock()
         self._heartbeat = HeartbeatThread(self._context, options, self._clock)
         self._next_step_id = 0
-        self._last_result_s = 0.0
 
     def run(self) -> int:
         """Load the model, then execute plans until `Shutdown`. Returns the exit status.
@@ -128,7 +127,6 @@ class ShardServer:
             if self._options.rank == 0:
                 self._send(Profile(self._generation, profile))
             self._send(self._hello(worker))
-            self._last_result_s = time.monotonic()
             self._serve(worker)
         except Exception as error:
             exit_code = _EXIT_CODES.get(type(error), ExitCode.INTERNAL)
@@ -158,10 +156,10 @@ class ShardServer:
 
     def _execute(self, worker: Worker, plan: StepPlan) -> None:
         started_s = time.monotonic()
+        idle_s = started_s - self._clock.last_finished_s
         self._clock.step_started()
         output = worker.execute(plan)
         self._clock.step_finished()
-        finished_s = time.monotonic()
         if self._options.rank == 0:
             self._send(
                 StepResult(
@@ -170,11 +168,10 @@ class ShardServer:
                     output.sequences,
                     forward_s=output.forward_s,
                     sampling_s=output.sampling_s,
-                    step_s=finished_s - started_s,
-                    idle_s=max(0.0, started_s - self._last_result_s),
+                    step_s=self._clock.last_finished_s - started_s,
+                    idle_s=idle_s,
                 )
             )
-        self._last_result_s = time.monotonic()
 
     def _hello(self, worker: Worker) -> Hello:
         return Hello(

@@ -17,8 +17,8 @@ class ApiError(Exception):
 
     status: ClassVar[int]
     error_type: ClassVar[str]
-    #: How a request that ends this way is counted.
-    failure: ClassVar[Failure]
+    #: How a call that ends this way is counted.
+    failure: ClassVar[Failure] = "internal"
     #: Whether the connection cannot, or should not, be used again.
     closes_connection: bool = False
 
@@ -96,7 +96,7 @@ _UNAVAILABLE = {
 class UnhealthyError(ApiError):
     """What `/health` says when a request sent now would not be served."""
 
-    status, error_type, failure = 503, "healthcheck", "unavailable"
+    status, error_type = 503, "healthcheck"
 
     def __init__(self) -> None:
         super().__init__("unhealthy")
@@ -105,7 +105,7 @@ class UnhealthyError(ApiError):
 class BodyTimeoutError(ApiError):
     """The body did not arrive in time. Not TGI's: TGI waits for ever."""
 
-    status, error_type, failure = 408, "timeout", "validation"
+    status, error_type = 408, "timeout"
     closes_connection = True
 
     def __init__(self) -> None:
@@ -115,7 +115,7 @@ class BodyTimeoutError(ApiError):
 class InternalError(ApiError):
     """A fault of ours; the log has the details."""
 
-    status, error_type, failure = 500, "internal", "internal"
+    status, error_type = 500, "internal"
 
     def __init__(self) -> None:
         super().__init__("Internal server error")

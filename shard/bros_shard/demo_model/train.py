@@ -160,12 +160,8 @@ class Run:
     def evaluate(self) -> None:
         """Add a point to the curve."""
         rows = self.validation
-        losses = [
-            self.model(tokens, targets).item()
-            for tokens, targets in zip(
-                rows.tokens.split(VALIDATION_BATCH), rows.targets.split(VALIDATION_BATCH), strict=True
-            )
-        ]
+        batches = [slice(start, start + VALIDATION_BATCH) for start in range(0, VALIDATION_ROWS, VALIDATION_BATCH)]
+        losses = [self.model(rows.tokens[batch], rows.targets[batch]).item() for batch in batches]
         point = {
             "minutes": round(self.elapsed_s / 60, 1),
             "step": self.state.step,
