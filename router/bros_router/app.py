@@ -93,7 +93,7 @@ def create_runner(app: web.Application, *, shutdown_timeout_s: float = 60.0) -> 
     """
     return web.AppRunner(
         app,
-        handler_cancellation=False,
+        handler_cancellation=True,
         auto_decompress=False,
         access_log=None,
         logger=_http_log,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from types import TracebackType
 
@@ -75,16 +74,18 @@ class Reply:
         if not self._is_complete:
             self._engine.abandon(self)
 
-    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        while True:
-            while self._events:
-                yield self._events.popleft()
+    def __aiter__(self) -> Reply:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        while not self._events:
             if self._error is not None:
                 raise self._error
             if self._is_complete:
-                return
+                raise StopAsyncIteration
             self._wakeup.clear()
             await self._wakeup.wait()
+        return self._events.popleft()
 
 
 @dataclass(frozen=True, slots=True)

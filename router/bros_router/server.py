@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
-from bros_router.app import create_app
+from bros_router.app import create_app, create_runner
 from bros_router.breaker import Breaker
 from bros_router.config import ServerConfig
 from bros_router.engine import EngineModel, StepEngine
@@ -77,8 +77,7 @@ class Server:
         """Listen from the start, so that health checks can watch the model load. Raises `StartupError`."""
         self._url = url_of(listener)
         app = create_app(self._config.api, self._service, self._metrics)
-        # Without cancellation aiohttp runs the handler of a client that has left to its end.
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_FLUSH_TIMEOUT_S)
+        runner = create_runner(app, shutdown_timeout_s=_FLUSH_TIMEOUT_S)
         await runner.setup()
         try:
             await web.SockSite(runner, listener).start()
@@ -192,7 +191,7 @@ class Server:
         """Change the phase, unless the server is on its way out."""
         if self._service.phase is not Phase.DRAINING:
             self._service.phase = phase
-            self._service.progress = 0.0
+            self._service.progress = 1.0 if phase is Phase.READY else 0.0
 
     def _note_progress(self, progress: Progress) -> None:
         if self._service.phase in (Phase.LOADING, Phase.WARMING):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -32,6 +33,8 @@ class ParallelGroup:
             dist.init_process_group(
                 "nccl" if device == "cuda" else "gloo", init_method=rendezvous, rank=rank, world_size=world_size
             )
+            # Gloo's threads must be gone before the interpreter is, however the process ends.
+            atexit.register(dist.destroy_process_group)
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place. Returns the tensor."""

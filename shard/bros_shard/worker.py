@@ -61,7 +61,7 @@ class Worker:
             UnknownBackendError: `options.kernels` names no attention backend.
             InsufficientMemoryError: there is no room for a single block.
         """
-        self._options = options
+        self.options = options
         self._on_progress = on_progress
         self._device = _device(options)
         num_cores = len(os.sched_getaffinity(0))
@@ -116,13 +116,13 @@ class Worker:
         rehearsal = self._rehearsal()
         started_s = time.monotonic()
         points = []
-        scenes = [*PROFILED_SCENES, *largest_scenes(self._options.max_batch_tokens, self.max_length)[:1]]
+        scenes = [*PROFILED_SCENES, *largest_scenes(self.options.max_batch_tokens, self.max_length)[:1]]
         for index, scene in enumerate(scenes):
             is_in_time = time.monotonic() - started_s < _WARM_UP_BUDGET_S
             if not self._parallel.minimum(is_in_time, self._device):
                 break
             self._on_progress("warming", index, len(scenes))
-            scene = scene.clipped(self.max_length, self._options.max_batch_tokens)
+            scene = scene.clipped(self.max_length, self.options.max_batch_tokens)
             points.append((scene.shape(), rehearsal.run(scene)))
         self._on_progress("warming", len(scenes), len(scenes))
         return points
@@ -148,7 +148,7 @@ class Worker:
             logits = self._model.logits(hidden.index_select(0, batch.sampled_tokens))
         forward_done_s = time.monotonic()
         sampled = self._sample(batch, logits)
-        results = self._results(plan, batch, sampled) if self._options.rank == 0 else []
+        results = self._results(plan, batch, sampled) if self.options.rank == 0 else []
         return StepOutput(results, forward_done_s - started_s, time.monotonic() - forward_done_s)
 
     def _copy(self, plan: StepPlan) -> None:
@@ -184,7 +184,7 @@ class Worker:
 
     def _install_region(self, num_blocks: int) -> None:
         """Allocate a region and forget all sequences."""
-        options = self._options
+        options = self.options
         self.cache = KVCache(
             self._model.kv_shape, num_blocks, options.block_size, options.num_host_blocks, self._dtype, self._device
         )
@@ -192,7 +192,7 @@ class Worker:
         self._sequences = SequenceTable(self._pool, self.vocab_size, self.max_length, num_blocks, options.block_size)
 
     def _choose_num_blocks(self) -> int:
-        options = self._options
+        options = self.options
         if options.kv_memory_bytes:
             num_bytes = options.kv_memory_bytes
         elif self._device.type == "cpu":
@@ -211,17 +211,17 @@ class Worker:
 
     def _measure_gpu_room(self) -> int:
         """Bytes of this GPU that a region may take: what is free beside the scratch memory of the largest steps."""
-        self._install_region(-(-self._options.max_batch_tokens // self._options.block_size))
+        self._install_region(-(-self.options.max_batch_tokens // self.options.block_size))
         rehearsal = self._rehearsal()
         torch.cuda.reset_peak_memory_stats(self._device)
         held_bytes = torch.cuda.memory_allocated(self._device)
-        for scene in largest_scenes(self._options.max_batch_tokens, self.max_length):
+        for scene in largest_scenes(self.options.max_batch_tokens, self.max_length):
             rehearsal.run(scene)
         scratch_bytes = torch.cuda.max_memory_allocated(self._device) - held_bytes
         del self.cache
         torch.cuda.empty_cache()
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)
-        not_ours = int((1.0 - self._options.gpu_memory_fraction) * total_bytes)
+        not_ours = int((1.0 - self.options.gpu_memory_fraction) * total_bytes)
         # The allocator's fragments, and libraries that allocate on their own: kept free as headroom.
         return int(free_bytes) - scratch_bytes - not_ours - int(total_bytes) // 50
 

@@ -23,7 +23,7 @@ from bros_shard.protocol import (
     StepPlan,
     TailMove,
 )
-from bros_shard.worker import Worker
+from bros_shard.worker import OnProgress, Worker
 
 VOCAB_SIZE = 131  # does not divide by 2 or 4
 MAX_LENGTH = 128
@@ -177,10 +177,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Refer
 def make_worker() -> Callable[..., Worker]:
     """Make the single rank that serves a checkpoint in float32, its region full of NaN."""
 
-    def make(path: Path, **options: Any) -> Worker:
+    def make(path: Path, on_progress: OnProgress = lambda *report: None, **options: Any) -> Worker:
         defaults = {"dtype": "float32", "block_size": 16, "kv_slots_limit": 64 * 16, "kv_memory_bytes": 2**30}
         options = defaults | {"num_threads": 1} | options
-        worker = Worker(ShardOptions(endpoint="", rendezvous="", model_path=str(path), model_id="m", **options))
+        worker = Worker(
+            ShardOptions(endpoint="", rendezvous="", model_path=str(path), model_id="m", **options), on_progress
+        )
         worker.cache.region.fill_(float("nan"))
         return worker
 

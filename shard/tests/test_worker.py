@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import bros_shard.worker as worker_module
+from bros_kernels.reference import ReferenceAttention
+from bros_shard.batch import StepBatch, build_batch
 from bros_shard.kv_cache import KVCache
+from bros_shard.memory import InsufficientMemoryError
+from bros_shard.model_config import UnsupportedModelError
+from bros_shard.models import layers
+from bros_shard.models.rotary import rotate
 from bros_shard.protocol import (
     HostCopy,
     NewSequence,
     SamplingParams,
     SequenceStep,
     StepPlan,
+    StepShape,
     TailMove,
     encode,
 )
-from bros_shard.sequences import PlanError
-from bros_shard.worker import NO_TOKEN_FAULT
+from bros_shard.worker import NO_TOKEN_FAULT, Worker
 
 MODELS = (
     "llama",
@@ -113,3 +123,216 @@ def test_preemption_does_not_change_the_output(name, to_host, reference, make_wo
         for sequence_id in preempted:
             router.preempt(sequence_id, to_host)
     assert router.run() == expected.outputs
+
+
+@pytest.mark.parametrize(
+    ("name", "world_size"), [("llama", 2), ("qwen3-window-bias", 4), ("opt-350m-like", 2), ("llama-mqa", 2)]
+)
+def test_ranks_together_equal_one(name, world_size, reference, make_worker, scripted_router, tmp_path) -> None:
+    """Real processes. With 4 ranks, pairs of them hold the same of the 2 key-value heads."""
+    expected = reference(name)
+    worker = make_worker(expected.path, num_host_blocks=48)
+    router = scripted_router(worker, chunk_size=24, shares_tails=True)
+    for index, prompt in enumerate(expected.prompts):
+        router.add(prompt, "forward" if index % 2 else "reversed")
+    for _ in range(4):
+        router.step()
+    router.preempt(5, to_host=True)
+    router.preempt(6)
+    assert router.run() == expected.outputs
+
+    plans, results = tmp_path / "plans.json", tmp_path / "results.json"
+    plans.write_text(json.dumps([encode(plan).hex() for plan in router.plans]))
+    ranks = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                str(Path(__file__).with_name("replay_rank.py")),
+                str(plans),
+                str(results),
+                *replace(
+                    worker.options, rank=rank, world_size=world_size, rendezvous=f"file://{tmp_path}/rendezvous"
+                ).to_argv(),
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * world_size, errors
+    outputs = json.loads(results.read_text())
+    assert [outputs[str(index)] for index in range(len(expected.prompts))] == expected.outputs
+
+
+def _flip_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
+
+
+def _shift_positions_of_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shifted(*arguments: Any) -> StepBatch:
+        batch = build_batch(*arguments)
+        batch.positions[: batch.attention.n_decode] += 1
+        return batch
+
+    monkeypatch.setattr(worker_module, "build_batch", shifted)
+
+
+def _skip_tail_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVCache, "move_tails", lambda self, moves: None)
+
+
+def _skip_copies_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KVCache, "copy_in", lambda self, copies: None)
+
+
+def _widen_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = ReferenceAttention.attend
+    monkeypatch.setattr(
+        ReferenceAttention,
+        "attend",
+        lambda self, q, k, v, scale, window=None: attend(self, q, k, v, scale, window and window + 1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "plant"),
+    [
+        ("llama", _flip_rotation),
+        ("llama", _shift_positions_of_decodes),
+        ("opt-350m-like", _shift_positions_of_decodes),
+        ("llama", _skip_tail_moves),
+        ("llama", _skip_copies_in),
+        ("mistral-window", _widen_windows),
+    ],
+)
+def test_these_tests_notice_a_planted_fault(name, plant, reference, make_worker, scripted_router, monkeypatch) -> None:
+    expected = reference(name)
+    plant(monkeypatch)
+    router = scripted_router(make_worker(expected.path, num_host_blocks=48), chunk_size=16, shares_tails=True)
+    for index, prompt in enumerate(expected.prompts):
+        router.add(prompt, "forward" if index % 2 else "reversed")
+    outputs = None
+    with contextlib.suppress(AssertionError):  # the router's own: a sequence read a slot that nobody wrote
+        for _ in range(4):
+            router.step()
+        router.preempt(6, to_host=True)
+        outputs = router.run()
+    assert outputs != expected.outputs
+
+
+def test_nan_of_one_sequence_is_its_own_fault(reference, make_worker) -> None:
+    expected = reference("llama")
+    worker = make_worker(expected.path)
+    prompts = expected.prompts[:4]
+    new = [NewSequence(i, prompt, 64, SamplingParams()) for i, prompt in enumerate(prompts)]
+    steps = [SequenceStep(i, 0, len(prompt), 0, [i]) for i, prompt in enumerate(prompts)]
+    healthy = worker.execute(StepPlan(0, 0, sequences=steps, new_sequences=new)).sequences
+    worker.cache.region[0, 0, 2, 1] = float("nan")  # a key of sequence 2
+    steps = [SequenceStep(i, len(prompt), 1, 1, []) for i, prompt in enumerate(prompts)]
+    broken = worker.execute(StepPlan(0, 1, sequences=steps)).sequences
+    assert all(result.token_id is not None and result.fault is None for result in healthy)
+    assert [result.fault for result in broken] == [None, None, NO_TOKEN_FAULT, None]
+    assert broken[2].token_id is None
+    assert broken[2].logprob is None
+    assert all(broken[i].token_id is not None for i in (0, 1, 3))
+
+
+def test_only_a_run_that_ends_at_the_last_known_token_is_sampled(reference, make_worker) -> None:
+    worker = make_worker(reference("llama").path)
+    new = [NewSequence(0, [1] * 20, 30, SamplingParams()), NewSequence(1, [2] * 5, 30, SamplingParams())]
+    chunk = [SequenceStep(0, 0, 16, 0, [3, 4]), SequenceStep(1, 0, 5, 0, [5])]
+    first = worker.execute(StepPlan(0, 0, sequences=chunk, new_sequences=new)).sequences
+    rest = worker.execute(StepPlan(0, 1, sequences=[SequenceStep(0, 16, 4, 2, [])])).sequences
+    assert [result.token_id is None for result in first] == [True, False]
+    assert first[0].fault is None
+    assert [result.token_id is None for result in rest] == [False]
+
+
+def test_logprobs_are_those_of_transformers(reference, make_worker) -> None:
+    expected = reference("qwen3")
+    worker = make_worker(expected.path)
+    for index, prompt in enumerate(expected.prompts[:6]):
+        with torch.inference_mode():
+            logprobs = expected.model(torch.tensor([prompt])).logits[0, -1].log_softmax(-1)
+        step = SequenceStep(index, 0, len(prompt), 0, [0, 1, 2, 3])
+        new = NewSequence(index, prompt, 100, SamplingParams())
+        (result,) = worker.execute(StepPlan(0, index, sequences=[step], new_sequences=[new])).sequences
+        assert result.token_id == int(logprobs.argmax())
+        assert result.logprob == pytest.approx(float(logprobs.max()), abs=2e-5)
+
+
+def test_copies_run_out_then_tails_then_in(reference, make_worker) -> None:
+    """Each copy overwrites what the one before it read."""
+    worker = make_worker(reference("llama").path, num_host_blocks=2)
+    region, host = worker.cache.region, worker.cache.host_pool
+    for block in range(3):
+        region[:, :, block] = block
+    host.fill_(9)
+    plan = StepPlan(
+        0,
+        0,
+        copies_out=[HostCopy(1, 0, 16)],
+        tail_moves=[TailMove(0, 1, 16)],
+        copies_in=[HostCopy(0, 1, 16), HostCopy(2, 0, 16)],
+    )
+    assert worker.execute(plan).sequences == []
+    assert [float(region[:, :, block].unique()) for block in range(3)] == [9, 0, 1]
+
+
+def test_region_is_zero_and_sized_by_bytes_then_slots(reference, make_worker) -> None:
+    path = reference("llama").path
+    block_bytes = 2 * 3 * 16 * 2 * 16 * 4  # keys and values, layers, slots, heads, head size, float32
+    by_bytes = make_worker(path, kv_memory_bytes=10 * block_bytes + 5, kv_slots_limit=0)
+    by_slots = make_worker(path, kv_slots_limit=100)
+    assert by_bytes.block_bytes == block_bytes
+    assert (by_bytes.num_blocks, by_slots.num_blocks) == (10, 6)
+    measured = Worker(replace(by_slots.options, kv_memory_bytes=0))
+    assert measured.num_blocks == 6
+    assert not measured.cache.region.any()
+    with pytest.raises(InsufficientMemoryError, match="hold no KV block"):
+        make_worker(path, kv_memory_bytes=block_bytes - 1)
+
+
+def test_what_hello_says(reference, make_worker) -> None:
+    worker = make_worker(reference("opt").path)
+    assert (worker.vocab_size, worker.max_length, worker.num_blocks) == (131, 128, 64)
+    assert (worker.dtype_name, worker.device_name) == ("float32", "cpu")
+    assert make_worker(reference("llama").path, max_length=99).max_length == 99
+    with pytest.raises(UnsupportedModelError, match="max_position_embeddings = 128: sequences of 129 tokens"):
+        make_worker(reference("opt").path, max_length=129)
+
+
+@pytest.mark.parametrize(
+    ("made_in", "asked_for", "served_in"),
+    [
+        ("float32", "auto", "float32"),
+        ("bfloat16", "auto", "bfloat16"),
+        ("float16", "auto", "bfloat16"),
+        ("float16", "float16", "float16"),
+        ("float32", "bfloat16", "bfloat16"),
+    ],
+)
+def test_dtype_on_a_cpu(made_in, asked_for, served_in, reference, make_worker, tmp_path) -> None:
+    path = reference("llama").path
+    shutil.copytree(path, tmp_path, dirs_exist_ok=True)
+    config = json.loads((path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": made_in}))
+    assert make_worker(tmp_path, dtype=asked_for, device="cpu").dtype_name == served_in
+
+
+def test_warm_up_measures_steps_and_leaves_nothing(reference, make_worker, scripted_router) -> None:
+    expected = reference("llama")
+    progress: list[tuple[str, int, int]] = []
+    worker = make_worker(expected.path, on_progress=lambda *report: progress.append(report), max_batch_tokens=48)
+    points = worker.warm_up()
+    assert all(seconds > 0 for _, seconds in points)
+    shapes = [shape for shape, _ in points]
+    assert StepShape(0, 1, 0.0, 64) in shapes
+    assert StepShape(48, 0, 48 * 24, 0) in shapes
+    assert all(shape.num_prefill_tokens <= 48 and shape.num_decode_sequences <= 48 for shape in shapes)
+    assert [phase for phase, _, _ in progress] == sorted(phase for phase, _, _ in progress)
+    assert progress[-1][1] == progress[-1][2]
+    router = scripted_router(worker)
+    router.add(expected.prompts[3])
+    assert router.run() == [expected.outputs[3]]

@@ -84,7 +84,11 @@ def decode_json(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
                 raise
             return decoder.decode(body[: int(trailing["number"]) - 1])
     except msgspec.ValidationError as error:
-        raise errors.invalid_shape(_with_path_first(str(error))) from None
+        reason = str(error)
+        # No shape can hold such a number: TGI's parser refuses it while it reads.
+        if reason.startswith("Number out of range"):
+            raise errors.invalid_syntax(reason) from None
+        raise errors.invalid_shape(_with_path_first(reason)) from None
     except msgspec.DecodeError as error:
         raise errors.invalid_syntax(str(error)) from None
     except UnicodeDecodeError:
