@@ -107,7 +107,7 @@ def _renderers(config: LogConfig) -> list[structlog.typing.Processor]:
     if config.json_output:
         return [structlog.processors.format_exc_info, _tgi_keys, structlog.processors.JSONRenderer()]
     is_coloured = sys.stderr.isatty() if config.colorize is None else config.colorize
-    return [structlog.dev.ConsoleRenderer(colors=is_coloured)]
+    return [structlog.dev.ConsoleRenderer(colors=is_coloured, sort_keys=False)]
 
 
 def _tgi_keys(logger: WrappedLogger, method: str, event: EventDict) -> EventDict:

@@ -1,0 +1,184 @@
+"""The step loop with a group that lives in this process: a fake at the seam, everything above it real."""
+
+import asyncio
+import time
+
+import pytest
+
+from bros_router.engine import EngineModel, StepEngine
+from bros_router.kv.kv_manager import KVManager
+from bros_router.metrics import Metrics
+from bros_router.model_source import demo_model_path
+from bros_router.request import FinishReason, GenerationError, RequestClass, ServiceUnavailableError, ValidRequest
+from bros_router.scheduling.policies import FirstComeFirstServed
+from bros_router.scheduling.scheduler import Scheduler, SchedulerLimits
+from bros_router.shard_client import ShardError
+from bros_router.tokenizer import Tokenizer
+from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult
+
+EOS, VOCAB_SIZE = 7, 1000
+
+
+class InMemoryGroup:
+    """Ranks that answer each sequence with the tokens of its script: the prompt's own, over and over."""
+
+    def __init__(self) -> None:
+        self.is_alive = True
+        self.plans: list[StepPlan] = []
+        self.scripts: dict[int, list[int]] = {}
+        self.positions: dict[int, int] = {}
+        self.may_answer = asyncio.Event()
+        self.may_answer.set()
+        self.failure: str | None = None
+
+    async def send(self, plan: StepPlan) -> None:
+        self.plans.append(plan)
+        for new in plan.new_sequences:
+            self.scripts.setdefault(new.sequence_id, new.token_ids[:3])
+            self.positions[new.sequence_id] = len(new.token_ids) - 3
+
+    async def result(self, step_id: int) -> StepResult:
+        await asyncio.sleep(0)  # as a socket does, let the clients have their turn
+        await self.may_answer.wait()
+        if self.failure is not None:
+            raise ShardError(self.failure)
+        results = []
+        for step in self.plans[-1].sequences:
+            script, position = self.scripts[step.sequence_id], self.positions[step.sequence_id]
+            self.positions[step.sequence_id] += 1
+            results.append(SequenceResult(step.sequence_id, script[position % 3], -1.0))
+        return StepResult(self.plans[-1].generation, step_id, results, 0.0, 0.0, 0.0, 0.0)
+
+
+@pytest.fixture
+async def group():
+    return InMemoryGroup()
+
+
+@pytest.fixture
+async def engine(group):
+    kv = KVManager(num_blocks=64, block_size=16)
+    scheduler = Scheduler(FirstComeFirstServed(), kv, SchedulerLimits(64, 8))
+    model = EngineModel(Tokenizer(demo_model_path() / "tokenizer.json"), frozenset({EOS}), VOCAB_SIZE)
+    engine = StepEngine(scheduler, kv, group, model, Metrics())
+    engine.kv_under_test = kv
+    running = asyncio.create_task(engine.run())
+    yield engine
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def request(*script: int, max_new_tokens: int = 5, **fields) -> ValidRequest:
+    return ValidRequest("r", script, SamplingParams(), max_new_tokens, **fields)
+
+
+async def read(reply) -> tuple[list[int], FinishReason]:
+    events = [event async for event in reply]
+    assert [event.finish is None for event in events] == [True] * (len(events) - 1) + [False]
+    return [event.token.token_id for event in events], events[-1].finish.reason
+
+
+async def test_reply_ends_by_length(engine):
+    with engine.submit(request(11, 12, 13, max_new_tokens=4)) as reply:
+        assert await read(reply) == ([11, 12, 13, 11], FinishReason.LENGTH)
+    assert engine.num_replies == 0
+    await engine.drained()
+
+
+async def test_end_of_sequence_is_the_last_token_unless_it_is_ignored(engine):
+    with engine.submit(request(11, EOS, 13)) as reply:
+        assert await read(reply) == ([11, EOS], FinishReason.EOS_TOKEN)
+    with engine.submit(request(11, EOS, 13, ignore_eos=True)) as reply:
+        assert await read(reply) == ([11, EOS, 13, 11, EOS], FinishReason.LENGTH)
+
+
+async def test_length_goes_before_end_of_sequence_and_end_of_sequence_before_stop(engine):
+    stop = Tokenizer(demo_model_path() / "tokenizer.json").detokenizer([]).step(EOS)
+    with engine.submit(request(11, EOS, 13, max_new_tokens=2, stop_sequences=(stop,))) as reply:
+        assert await read(reply) == ([11, EOS], FinishReason.LENGTH)
+    with engine.submit(request(11, EOS, 13, stop_sequences=(stop,))) as reply:
+        assert await read(reply) == ([11, EOS], FinishReason.EOS_TOKEN)
+
+
+async def test_stop_sequence_ends_the_reply_and_stays_in_it(engine):
+    tokenizer = Tokenizer(demo_model_path() / "tokenizer.json")
+    ids = tokenizer.encode("alpha beta gamma").ids
+    text = [tokenizer.detokenizer([]).step(token_id) for token_id in ids[:3]]
+    with engine.submit(request(*ids[:3], max_new_tokens=9, stop_sequences=(text[1],))) as reply:
+        events = [event async for event in reply]
+    assert [event.token.token_id for event in events] == ids[:2]
+    assert events[-1].finish.reason is FinishReason.STOP_SEQUENCE
+    assert events[-1].finish.generated_text == "".join(event.token.text for event in events)
+
+
+async def test_leaving_the_block_ends_the_sequence_and_tells_the_ranks(engine, group):
+    with engine.submit(request(11, 12, 13, max_new_tokens=500, request_class=RequestClass.BE)) as reply:
+        await anext(reply)
+        assert engine.kv_under_test.num_used_blocks(RequestClass.BE) == 1
+    assert engine.kv_under_test.num_free_blocks == 64
+    await engine.drained()
+    deadline_s = time.monotonic() + 10
+    while not group.plans[-1].releases:
+        assert time.monotonic() < deadline_s
+        await asyncio.sleep(0)
+    assert group.plans[-1].releases == [reply.sequence.sequence_id]
+
+
+async def test_queued_request_that_is_abandoned_never_reaches_the_ranks(engine, group):
+    group.may_answer.clear()
+    replies = [engine.submit(request(11, 12, 13, max_new_tokens=2)) for _ in range(9)]  # eight may run
+    await asyncio.sleep(0)
+    with replies[8]:
+        pass
+    group.may_answer.set()
+    for reply in replies[:8]:
+        await read(reply)
+    assert 8 not in group.scripts
+
+
+async def test_token_outside_the_vocabulary_ends_that_reply_alone(engine):
+    poisoned = engine.submit(request(VOCAB_SIZE, 12, 13))
+    healthy = engine.submit(request(11, 12, 13))
+    with pytest.raises(GenerationError, match="no valid token"):
+        await read(poisoned)
+    assert (await read(healthy))[1] is FinishReason.LENGTH
+
+
+async def test_failed_group_leaves_the_replies_waiting_and_they_go_on_after_a_restart(group):
+    kv = KVManager(num_blocks=64, block_size=16)
+    scheduler = Scheduler(FirstComeFirstServed(), kv, SchedulerLimits(64, 8))
+    model = EngineModel(Tokenizer(demo_model_path() / "tokenizer.json"), frozenset(), VOCAB_SIZE)
+    engine = StepEngine(scheduler, kv, group, model, Metrics())
+    reply = engine.submit(request(11, 12, 13, max_new_tokens=6))
+    running = asyncio.create_task(engine.run())
+    before = [(await anext(reply)).token.token_id for _ in range(2)]
+    group.failure = "rank 0 was killed"
+    with pytest.raises(ShardError):
+        await running
+    group.failure = None
+    engine.restart(generation=1)
+    running = asyncio.create_task(engine.run())
+    after = [event.token.token_id async for event in reply]
+    assert before + after == [11, 12, 13, 11, 12, 13]
+    assert group.plans[-1].generation == 1
+    running.cancel()
+
+
+async def test_fail_all_gives_every_reply_its_error_after_the_tokens_before_it(engine, group):
+    reply = engine.submit(request(11, 12, 13, max_new_tokens=500))
+    first = await anext(reply)
+    group.may_answer.clear()
+    engine.fail_all("the server is shutting down")
+    assert first.token.token_id == 11
+    with pytest.raises(GenerationError, match="shutting down"):
+        await read(reply)
+    await engine.drained()
+
+
+async def test_nothing_is_accepted_after_stop_accepting(engine):
+    reply = engine.submit(request(11, 12, 13))
+    engine.stop_accepting()
+    with pytest.raises(ServiceUnavailableError):
+        engine.submit(request(11, 12, 13))
+    assert not engine.is_healthy
+    assert (await read(reply))[1] is FinishReason.LENGTH

@@ -1,0 +1,78 @@
+"""A step's tensors, written out."""
+
+from __future__ import annotations
+
+import torch
+
+from bros_shard.batch import StepBatch, build_batch, build_sampling_batch
+from bros_shard.protocol import NewSequence, SamplingParams, SequenceStep, StepPlan
+from bros_shard.sequences import SequenceTable, TokenPool
+
+CPU = torch.device("cpu")
+PENALTY = SamplingParams(repetition_penalty=1.2)
+
+
+def build(new: list[NewSequence], steps: list[SequenceStep]) -> tuple[StepBatch, TokenPool]:
+    pool = TokenPool(CPU)
+    table = SequenceTable(pool, vocab_size=1000, max_length=100, num_blocks=20, block_size=16)
+    sequences = table.apply(StepPlan(0, 0, sequences=steps, new_sequences=new))
+    return build_batch(steps, sequences, pool, 16, CPU), pool
+
+
+def test_decodes_come_first_by_length_then_chunks() -> None:
+    new = [
+        NewSequence(0, list(range(100, 140)), 90, SamplingParams()),  # a chunk that does not end the prompt
+        NewSequence(1, list(range(200, 218)), 90, SamplingParams()),  # decodes token 17
+        NewSequence(2, list(range(300, 303)), 90, SamplingParams()),  # a whole prompt
+        NewSequence(3, list(range(400, 405)), 90, SamplingParams()),  # decodes token 4
+    ]
+    steps = [
+        SequenceStep(0, 14, 4, 0, [2, ~3]),
+        SequenceStep(1, 17, 1, 0, [4, ~5]),
+        SequenceStep(2, 0, 3, 0, [~6]),
+        SequenceStep(3, 4, 1, 0, [7]),
+    ]
+    batch, _ = build(new, steps)
+    assert batch.input_ids.tolist() == [404, 217, 114, 115, 116, 117, 300, 301, 302]
+    assert batch.positions.tolist() == [4, 17, 14, 15, 16, 17, 0, 1, 2]
+    meta = batch.attention
+    assert meta.slot_mapping.tolist() == [116, 94, 46, 47, 63, 62, 111, 110, 109]
+    assert meta.block_table.tolist() == [[7, 0], [4, ~5], [2, ~3], [~6, 0]]
+    assert meta.seq_lens.tolist() == [5, 18, 18, 3]
+    assert meta.cu_q.tolist() == [0, 1, 2, 6, 9]
+    assert (meta.max_q, meta.max_k, meta.n_decode, meta.block_size) == (4, 18, 2, 16)
+    assert [sequence.sequence_id for sequence in batch.sampled] == [3, 1, 2]
+    assert batch.sampled_tokens.tolist() == [0, 1, 8]
+    assert batch.sampled_columns.tolist() == [5, 18, 3]
+
+
+def test_sampled_token_is_the_next_input() -> None:
+    new = [NewSequence(0, [5, 6], 90, SamplingParams())]
+    batch, pool = build(new, [SequenceStep(0, 0, 2, 0, [1])])
+    pool.write(batch.sampled_rows, batch.sampled_columns, torch.tensor([77]))
+    (sequence,) = batch.sampled
+    sequence.num_known_tokens += 1
+    step = SequenceStep(0, 2, 1, 1, [])
+    following = build_batch([step], [sequence], pool, 16, CPU)
+    assert following.input_ids.tolist() == [77]
+    assert following.positions.tolist() == [2]
+
+
+def test_history_is_read_only_where_a_penalty_needs_it() -> None:
+    new = [
+        NewSequence(0, [1, 2, 3, 4, 5, 6], 90, SamplingParams()),
+        NewSequence(1, [7, 8, 9], 90, PENALTY),
+        NewSequence(2, [10], 90, PENALTY),
+    ]
+    steps = [SequenceStep(n.sequence_id, 0, len(n.token_ids), 0, [n.sequence_id]) for n in new]
+    batch, pool = build(new, steps)
+    sampling = build_sampling_batch(batch, pool)
+    assert [sequence.sequence_id for sequence in batch.sampled] == [2, 0, 1]
+    assert sampling.params == [PENALTY, SamplingParams(), PENALTY]
+    assert sampling.lengths.tolist() == [1, 6, 3]
+    assert sampling.token_ids.shape == (3, 3)
+    assert sampling.token_ids[2].tolist() == [7, 8, 9]
+    assert sampling.token_ids[0, :1].tolist() == [10]
+
+    batch, pool = build(new[:1], steps[:1])
+    assert build_sampling_batch(batch, pool).token_ids.shape == (1, 0)

@@ -1,0 +1,85 @@
+"""Fields of a config.json are honoured, or refuse the model by name."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.registry import read_dtype
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        ("llama", {"architectures": ["GPT2LMHeadModel"]}, "architectures = ['GPT2LMHeadModel']: supported are Llama"),
+        ("llama", {"architectures": None}, "architectures = None: the model needs this field"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: quantised weights"),
+        ("llama", {"hidden_act": "relu2"}, "hidden_act = 'relu2': this activation is not supported"),
+        ("llama", {"hidden_size": None}, "hidden_size = None: the model needs this field"),
+        ("llama", {"hidden_size": "64"}, "hidden_size = '64': is of the wrong type"),
+        ("llama", {"num_hidden_layers": True}, "num_hidden_layers = True: is of the wrong type"),
+        ("llama", {"num_hidden_layers": 0}, "num_hidden_layers = 0: must be at least 1"),
+        ("llama", {"num_key_value_heads": 3}, "4 attention heads do not share 3 key-value heads evenly"),
+        ("llama", {"head_dim": 15}, "head_dim = 15: must be even"),
+        ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06: must be a positive number"),
+        ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings = 1: is of the wrong type"),
+        ("llama", {"dtype": "int8"}, "dtype = 'int8': this dtype is not supported"),
+        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type = 'longrope'"),
+        ("mistral", {"sliding_window": 0}, "sliding_window = 0: must be at least 1"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']: must say"),
+        ("qwen3", {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, "layer_types = ['full"),
+        ("opt", {"activation_function": "quick_gelu"}, "activation_function = 'quick_gelu': this activation"),
+        ("opt", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),
+    ],
+)
+def test_models_are_refused_by_the_name_of_a_field(
+    model: str, change: dict[str, Any], message: str, reference, make_worker, tmp_path: Path
+) -> None:
+    shutil.copytree(reference(model).path, tmp_path, dirs_exist_ok=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(UnsupportedModelError, match=re.escape(message)):
+        make_worker(tmp_path, dtype="auto")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no readable config.json"),
+        ("{", "config.json is not JSON"),
+        ("\xff\xfe", "config.json is not JSON"),
+        ("[1]", "config.json is not a JSON object"),
+    ],
+)
+def test_unreadable_config_is_refused(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(UnsupportedModelError, match=re.escape(message)):
+        ConfigFields.load(tmp_path)
+
+
+def test_an_operator_cannot_scale_learned_positions(reference, make_worker) -> None:
+    with pytest.raises(UnsupportedModelError, match="rope_scaling: the model has no rotary embedding"):
+        make_worker(reference("opt").path, rope_scaling="linear", rope_factor=2.0)
+
+
+def test_dtype_is_read_from_either_name() -> None:
+    assert str(read_dtype(ConfigFields({"dtype": "bfloat16"}))) == "torch.bfloat16"
+    assert str(read_dtype(ConfigFields({"torch_dtype": "float16"}))) == "torch.float16"
+    assert str(read_dtype(ConfigFields({}))) == "torch.float32"
+
+
+def test_readers_fall_back_to_defaults_for_absent_and_null_fields() -> None:
+    config = ConfigFields({"null": None, "inner": {"x": 3}})
+    assert config.integer("null", 5) == config.integer("absent", 5) == 5
+    assert config.has("null")
+    assert not config.has("absent")
+    assert config.object("inner").integer("x") == 3
+    assert config.object("absent").is_null("x")
+    assert config.updated({"null": 7}).integer("null") == 7

@@ -1,0 +1,122 @@
+"""A whole model's logits are those of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bros_kernels.paged_attention import AttnMeta, select_backend
+from bros_shard.kv_cache import KVCache
+from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.layers import check_divisible
+from bros_shard.models.model import ModelLimits
+from bros_shard.models.registry import load_model
+from bros_shard.parallel import ParallelGroup
+
+CPU = torch.device("cpu")
+
+
+@torch.inference_mode()
+def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
+    """Logits after each token of a prompt that is run in one step."""
+    model = load_model(path, ConfigFields.load(path), ParallelGroup(), CPU, dtype, ModelLimits())
+    length = len(prompt)
+    cache = KVCache(model.kv_shape, num_blocks=1, block_size=64, num_host_blocks=0, dtype=dtype, device=CPU)
+    meta = AttnMeta(
+        block_table=torch.zeros(1, 1, dtype=torch.int32),
+        seq_lens=torch.tensor([length], dtype=torch.int32),
+        cu_q=torch.tensor([0, length], dtype=torch.int32),
+        slot_mapping=torch.arange(length),
+        max_q=length,
+        max_k=length,
+        n_decode=0,
+        block_size=64,
+    )
+    attention = select_backend("torch")(meta, dtype)
+    hidden = model.forward(torch.tensor(prompt), torch.arange(length), cache.layers, attention)
+    logits = model.logits(hidden)
+    assert logits is not None
+    return logits
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3", "opt", "opt-350m-like"])
+def test_float32_logits_equal_transformers(name: str, reference) -> None:
+    expected = reference(name)
+    with torch.inference_mode():
+        logits = expected.model(torch.tensor([expected.prompts[10]])).logits[0]
+    found = logits_of(expected.path, expected.prompts[10], torch.float32)
+    torch.testing.assert_close(found, logits, rtol=2e-5, atol=2e-5 * float(logits.abs().max()))
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
+def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference) -> None:
+    expected = reference(name)
+    prompt = expected.prompts[10]
+    with torch.inference_mode():
+        exact = expected.model(torch.tensor([prompt])).logits[0]
+        rounded = type(expected.model).from_pretrained(expected.path, dtype=torch.bfloat16)
+        theirs = rounded(torch.tensor([prompt])).logits[0].float()
+    ours = logits_of(expected.path, prompt, torch.bfloat16).float()
+    assert (ours - exact).square().mean() < 1.2 * (theirs - exact).square().mean()
+
+
+def test_tied_model_ignores_a_head_in_the_checkpoint(reference, tmp_path: Path) -> None:
+    expected = reference("llama-tied")
+    (tmp_path / "config.json").write_text((expected.path / "config.json").read_text())
+    tensors = load_file(expected.path / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    tensors["lm_head.weight"] = torch.zeros(131, 64)
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
+    save_file(tensors, tmp_path / "model.safetensors")
+    prompt = expected.prompts[3]
+    assert torch.equal(logits_of(tmp_path, prompt, torch.float32), logits_of(expected.path, prompt, torch.float32))
+
+
+def test_first_opt_checkpoints_lack_the_outer_module(reference, tmp_path: Path) -> None:
+    expected = reference("opt")
+    (tmp_path / "config.json").write_text((expected.path / "config.json").read_text())
+    tensors = load_file(expected.path / "model.safetensors")
+    save_file(
+        {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+        tmp_path / "model.safetensors",
+    )
+    prompt = expected.prompts[3]
+    assert torch.equal(logits_of(tmp_path, prompt, torch.float32), logits_of(expected.path, prompt, torch.float32))
+
+
+class Ranks:
+    """What `check_divisible` asks of a `ParallelGroup`."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_heads", "num_kv_heads", "inner_size"),
+    [(1, 9, 3, 1536), (2, 8, 2, 96), (4, 8, 2, 96), (4, 8, 1, 96), (2, 8, 8, 96), (2, 12, 6, 96)],
+)
+def test_models_that_can_be_split(world_size: int, num_heads: int, num_kv_heads: int, inner_size: int) -> None:
+    ranks: Any = Ranks(world_size)
+    check_divisible(ranks, num_heads, num_kv_heads, inner_size)
+
+
+@pytest.mark.parametrize(
+    ("world_size", "num_heads", "num_kv_heads", "inner_size", "message"),
+    [
+        (2, 9, 3, 1536, "9 attention heads cannot be split over 2 ranks"),
+        (4, 8, 2, 98, "98 features of the MLP cannot be split over 4 ranks"),
+        (4, 12, 6, 96, "6 key-value heads cannot be split over 4 ranks"),
+        (1, 8, 3, 96, "8 attention heads do not share 3 key-value heads evenly"),
+    ],
+)
+def test_models_that_cannot_be_split(
+    world_size: int, num_heads: int, num_kv_heads: int, inner_size: int, message: str
+) -> None:
+    ranks: Any = Ranks(world_size)
+    with pytest.raises(UnsupportedModelError, match=message):
+        check_divisible(ranks, num_heads, num_kv_heads, inner_size)

@@ -1,0 +1,114 @@
+"""Rotary frequencies are those of transformers, whichever way a config.json writes them."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.rotary import RopeOverride, Rotary, read_rope, rotate
+
+HEAD_DIM, LENGTH = 32, 64
+
+SCALINGS: list[dict[str, Any]] = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 3.0},
+    {"rope_type": "dynamic", "factor": 3.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 24,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    {"rope_type": "yarn", "factor": 4.0},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "truncate": False},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "attention_factor": 0.7},
+    {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+        "mscale": 0.8,
+        "mscale_all_dim": 1.2,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+    },
+]
+
+
+def today(scaling: dict[str, Any]) -> dict[str, Any]:
+    return {"max_position_embeddings": LENGTH, "rope_parameters": {"rope_theta": 500.0, **scaling}}
+
+
+def llama_config(scaling: dict[str, Any]) -> LlamaConfig:
+    return LlamaConfig(hidden_size=4 * HEAD_DIM, num_attention_heads=4, **today(scaling))
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_rotation_equals_transformers(scaling: dict[str, Any]) -> None:
+    positions = torch.arange(LENGTH)
+    q, k = torch.randn(1, 4, LENGTH, HEAD_DIM), torch.randn(1, 2, LENGTH, HEAD_DIM)
+    expected = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(llama_config(scaling))(q, positions[None]))
+    frequencies = read_rope(ConfigFields(today(scaling)), HEAD_DIM, LENGTH)
+    angles = Rotary(frequencies, torch.device("cpu"), torch.float32).angles(positions)
+    for x, y in zip((q, k), expected, strict=True):
+        rotated = rotate(x[0].transpose(0, 1), *angles)
+        torch.testing.assert_close(rotated.transpose(0, 1), y[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+def test_older_configs_mean_the_same(scaling: dict[str, Any]) -> None:
+    older = {name: value for name, value in scaling.items() if name != "rope_type"}
+    older_config = {
+        "max_position_embeddings": LENGTH,
+        "rope_theta": 500.0,
+        "rope_scaling": older | {"type": scaling["rope_type"]} if older else None,
+    }
+    expected = read_rope(ConfigFields(today(scaling)), HEAD_DIM, LENGTH)
+    frequencies = read_rope(ConfigFields(older_config), HEAD_DIM, LENGTH)
+    assert torch.equal(frequencies.inverse, expected.inverse)
+    assert frequencies.attention_factor == expected.attention_factor
+
+
+def test_dynamic_beyond_the_models_length_uses_the_factor_of_the_longest_sequence() -> None:
+    scaling = {"rope_type": "dynamic", "factor": 2.0}
+    expected, _ = ROPE_INIT_FUNCTIONS["dynamic"](llama_config(scaling), seq_len=3 * LENGTH)
+    frequencies = read_rope(ConfigFields(today(scaling)), HEAD_DIM, max_length=3 * LENGTH)
+    torch.testing.assert_close(frequencies.inverse, expected)
+
+
+@pytest.mark.parametrize(("rope_type", "max_length"), [("linear", LENGTH), ("dynamic", 2 * LENGTH)])
+def test_operator_overrides_the_models_scaling(rope_type: str, max_length: int) -> None:
+    asked_for = {"rope_type": rope_type, "factor": 2.0}
+    frequencies = read_rope(ConfigFields(today(SCALINGS[4])), HEAD_DIM, max_length, RopeOverride(rope_type, 2.0))
+    expected = read_rope(ConfigFields(today(asked_for)), HEAD_DIM, max_length)
+    assert torch.equal(frequencies.inverse, expected.inverse)
+    assert frequencies.attention_factor == 1.0
+
+
+@pytest.mark.parametrize(
+    ("scaling", "message"),
+    [
+        ({"rope_type": "longrope", "factor": 2.0}, "rope_parameters.rope_type = 'longrope'"),
+        ({"rope_type": "linear"}, "rope_parameters.factor = None: the model needs this field"),
+        ({"rope_type": "linear", "factor": 0.0}, "rope_parameters.factor = 0.0: must be a positive number"),
+        ({"rope_type": "llama3", "factor": 8.0}, "rope_parameters.low_freq_factor = None"),
+        ({"partial_rotary_factor": 0.5}, "rope_parameters.partial_rotary_factor = 0.5"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(scaling: dict[str, Any], message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=re.escape(message)):
+        read_rope(ConfigFields(today(scaling)), HEAD_DIM, LENGTH)
+
+
+def test_partial_rotation_beside_the_object_is_refused() -> None:
+    config = ConfigFields(today({"rope_type": "default"}) | {"partial_rotary_factor": 0.25})
+    with pytest.raises(UnsupportedModelError, match="partial_rotary_factor"):
+        read_rope(config, HEAD_DIM, LENGTH)
