@@ -173,6 +173,31 @@ def test_last_arrival_is_preempted_and_recomputed_with_its_output():
     assert last.output_token_ids == expected_output(last)[0]
 
 
+def test_blocks_of_the_whole_prompt_are_reserved_when_its_first_chunk_runs():
+    scheduler, kv = make_scheduler(num_blocks=8, block_size=4, max_batch_tokens=8)
+    scheduler.add(make_sequence(0, num_prompt_tokens=20, max_new_tokens=4))
+    scheduler.add(make_sequence(1, num_prompt_tokens=16, max_new_tokens=4))
+    assert shapes(scheduler.plan(0.0)) == [(0, 0, 8)]
+    assert kv.num_free_blocks == 3
+
+
+def test_preempted_sequence_waits_for_its_token_in_flight():
+    """That token may be its last: computing the sequence anew before it is known could be for nothing."""
+    scheduler, _ = make_scheduler(num_blocks=3, block_size=4, max_batch_tokens=16)
+    ranks = SimulatedRanks(block_size=4)
+    first, last = make_sequence(0, 7, 4), make_sequence(1, 4, 2)
+    scheduler.add(first)
+    scheduler.add(last)
+    plans = [scheduler.plan(0.0), scheduler.plan(0.0)]
+    assert shapes(plans[0]) == [(0, 0, 7), (1, 0, 4)]
+    assert shapes(plans[1]) == [(0, 7, 1)]  # sequence 1 gave way with a token in flight
+    results = [ranks.execute(plan) for plan in plans]
+    scheduler.finish(first)
+    assert scheduler.plan(0.0).sequences == []  # its blocks are free, but only the release is sent
+    scheduler.commit(results[0], 0.0)
+    assert shapes(scheduler.plan(0.0)) == [(1, 0, 5)]
+
+
 def test_real_time_fills_forward_from_the_low_end_and_best_effort_reversed_from_the_high_end():
     scheduler, kv = make_scheduler(num_blocks=8, block_size=4, max_batch_tokens=64)
     scheduler.add(make_sequence(0, 6, 2, request_class=RequestClass.RT))

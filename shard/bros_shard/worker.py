@@ -40,6 +40,10 @@ _WARM_UP_BUDGET_S: Final = 2.5
 log = structlog.get_logger()
 
 
+class DeviceError(Exception):
+    """The device that a rank was told to use is not there."""
+
+
 @dataclass(frozen=True)
 class StepOutput:
     """What a step gave its sequences, in the plan's order. Empty on ranks other than 0."""
@@ -58,19 +62,19 @@ class Worker:
 
         Raises:
             UnsupportedModelError, CheckpointError: the model cannot be served.
-            UnknownBackendError: `options.kernels` names no attention backend.
+            UnknownBackendError, DeviceError: `options` ask for what this machine does not have.
             InsufficientMemoryError: there is no room for a single block.
         """
         self.options = options
         self._on_progress = on_progress
-        self._device = _device(options)
-        num_cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(options.num_threads or max(1, num_cores // options.world_size))
-        self._backend = select_backend(options.kernels)
-        self._parallel = ParallelGroup(options.rank, options.world_size, options.rendezvous, self._device.type)
         folder = Path(options.model_path)
         config = ConfigFields.load(folder)
+        self._backend = select_backend(options.kernels)
+        self._device = _device(options)
         self._dtype = _dtype(options, config, self._device)
+        num_cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(options.num_threads or max(1, num_cores // options.world_size))
+        self._parallel = ParallelGroup(options.rank, options.world_size, options.rendezvous, self._device.type)
         self._model = load_model(
             folder,
             config,
@@ -241,7 +245,9 @@ def _device(options: ShardOptions) -> torch.device:
         kind = "cuda" if torch.cuda.is_available() else "cpu"
     if kind == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", options.rank % torch.cuda.device_count())
+    if options.rank >= torch.cuda.device_count():
+        raise DeviceError(f"rank {options.rank} needs a GPU of its own, and there are {torch.cuda.device_count()}")
+    device = torch.device("cuda", options.rank)
     torch.cuda.set_device(device)
     return device
 
