@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.slots import slots_at, slots_of
-
-if TYPE_CHECKING:
-    from bros_kernels.paged_attention import AttnMeta
 
 
 class ReferenceAttention:

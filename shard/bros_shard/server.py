@@ -34,7 +34,7 @@ from bros_shard.protocol import (
     encode,
 )
 from bros_shard.weights import CheckpointError
-from bros_shard.worker import Worker
+from bros_shard.worker import DeviceError, Worker
 
 HEARTBEAT_PERIOD_S: Final = 0.5
 #: How long a rank that ends waits for its last frames to leave.
@@ -42,6 +42,7 @@ _LINGER_MS: Final = 1000
 
 #: Errors that are not ours but the operator's to mend.
 _EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
+    DeviceError: ExitCode.USAGE,
     UnknownBackendError: ExitCode.USAGE,
     InsufficientMemoryError: ExitCode.USAGE,
     CheckpointError: ExitCode.BAD_CHECKPOINT,
