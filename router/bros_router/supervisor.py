@@ -15,6 +15,9 @@ from typing import Final
 from bros_router.child_environment import child_environment
 from bros_shard.options import ShardOptions
 
+#: A step's temporaries are megabytes, and glibc would unmap them each time: the page faults cost 5 % of a decode step
+#: of 32 sequences (docs/performance.md).
+_KEPT_HEAP_BYTES: Final = str(1 << 30)
 _READ_BYTES: Final = 65536
 #: Longer lines are cut: a rank must not fill the launcher's memory.
 _MAX_LINE_BYTES: Final = 16384
@@ -117,8 +120,8 @@ class RankProcesses:
 
 
 def rank_environment(options: ShardOptions, num_cores: int) -> dict[str, str]:
-    """The environment of a rank: nothing of torch.distributed listens beyond this machine, and the threads of
-    all ranks together are as many as there are cores.
+    """The environment of a rank: nothing of torch.distributed listens beyond this machine, the threads of all ranks
+    together are as many as there are cores, and the heap is not handed back to the kernel between steps.
     """
     num_threads = str(options.num_threads or max(1, num_cores // options.world_size))
     return child_environment() | {
@@ -126,6 +129,8 @@ def rank_environment(options: ShardOptions, num_cores: int) -> dict[str, str]:
         "MKL_NUM_THREADS": num_threads,
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
+        "MALLOC_MMAP_THRESHOLD_": _KEPT_HEAP_BYTES,
+        "MALLOC_TRIM_THRESHOLD_": _KEPT_HEAP_BYTES,
     }
 
 
