@@ -41,7 +41,7 @@ class RankGroup:
         self._make_options = make_options
         self._on_line = on_line
         self._processes: RankProcesses | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._watchers: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> RankGroup:
         return self
@@ -73,7 +73,10 @@ class RankGroup:
         options = self._make_options(self.shards.start())
         self._processes = RankProcesses(options, num_cores=len(os.sched_getaffinity(0)), on_line=self._on_line)
         await self._processes.start()
-        self._watcher = asyncio.create_task(self._watch(self._processes), name="rank watcher")
+        self._watchers = [
+            asyncio.create_task(self._watch_exits(self._processes), name="rank exits"),
+            asyncio.create_task(self._watch_silence(), name="rank silence"),
+        ]
         return await self.shards.ready()
 
     async def startup_error(self, error: ShardError) -> StartupError:
@@ -83,20 +86,20 @@ class RankGroup:
         kinds = [_ERRORS[rank_exit.status] for rank_exit in exits if rank_exit.status in _ERRORS]
         return (kinds[0] if kinds else RankDiedError)(str(error))
 
-    async def _watch(self, processes: RankProcesses) -> None:
-        """Fail the generation as soon as a rank ends or falls silent."""
+    async def _watch_exits(self, processes: RankProcesses) -> None:
+        """Fail the generation as soon as a rank ends."""
+        self.shards.fail(str(await processes.exits.get()))
+
+    async def _watch_silence(self) -> None:
+        """Fail the generation once a rank has fallen silent."""
         while True:
-            try:
-                rank_exit = await asyncio.wait_for(processes.exits.get(), _SILENCE_CHECK_PERIOD_S)
-            except asyncio.TimeoutError:
-                self.shards.check_silence()
-                continue
-            self.shards.fail(str(rank_exit))
+            await asyncio.sleep(_SILENCE_CHECK_PERIOD_S)
+            self.shards.check_silence()
 
     async def _stop(self, grace_s: float) -> None:
-        if self._watcher is not None:
-            self._watcher.cancel()
-            await asyncio.gather(self._watcher, return_exceptions=True)
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
         if self._processes is not None:
             await self._processes.stop(grace_s)
-        self._watcher = self._processes = None
+        self._watchers, self._processes = [], None
