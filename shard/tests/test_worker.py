@@ -125,7 +125,7 @@ def test_preemption_does_not_change_the_output(name, to_host, reference, make_wo
     assert router.run() == expected.outputs
 
 
-@pytest.mark.parametrize(("name", "world_size"), [("llama", 2), ("qwen3-window-bias", 4), ("opt-350m-like", 2)])
+@pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in FAMILIES), ("qwen3-window-bias", 4)])
 def test_ranks_together_equal_one(name, world_size, reference, make_worker, scripted_router, tmp_path) -> None:
     """Real processes. With 4 ranks, pairs of them hold the same of the 2 key-value heads."""
     expected = reference(name)
