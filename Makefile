@@ -60,7 +60,7 @@ types: install-dev
 	$(BIN)/mypy
 
 bench: install-dev
-	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m bros_benchmarks.serving
 
 demo-model: install
 	$(BIN)/python -m bros_shard.demo_model.train

@@ -1,4 +1,4 @@
-"""How long planning and committing a step takes, alone: `python -m benchmarks.scheduling`."""
+"""How long planning and committing a step takes, alone: `python -m bros_benchmarks.scheduling`."""
 
 from __future__ import annotations
 

@@ -51,7 +51,9 @@ def make_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloa
         eos_token_id=0,
         dtype=dtype,
     )
-    transformers.LlamaForCausalLM(config).to(dtype).save_pretrained(path)
+    model = transformers.LlamaForCausalLM(config)
+    torch.nn.Module.to(model, dtype)
+    model.save_pretrained(path)
     words = tokenizers.Tokenizer(models.WordLevel({f"w{i}": i for i in range(shape.vocab_size)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words.save(str(path / "tokenizer.json"))

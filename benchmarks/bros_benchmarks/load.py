@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import aiohttp
 import numpy as np
 
-from benchmarks.checkpoint import prompt_of
+from bros_benchmarks.checkpoint import prompt_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +42,13 @@ class Load:
         """Output tokens a second, prefill included."""
         return sum(len(timeline.token_s) for timeline in self.timelines) / self.seconds
 
-    def percentile_ms(self, metric: str, percent: float) -> float:
-        """A percentile of `ttft_s` or `tpot_s` over the requests, in ms."""
-        return 1000 * float(np.percentile([getattr(timeline, metric) for timeline in self.timelines], percent))
+    def ttft_ms(self, percent: float) -> float:
+        """A percentile over the requests."""
+        return 1000 * float(np.percentile([timeline.ttft_s for timeline in self.timelines], percent))
+
+    def tpot_ms(self, percent: float) -> float:
+        """A percentile over the requests."""
+        return 1000 * float(np.percentile([timeline.tpot_s for timeline in self.timelines], percent))
 
 
 async def send_all(url: str, prompts: list[list[int]], num_new_tokens: int) -> Load:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,8 +26,8 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.checkpoint import SMOLLM2_135M, make_checkpoint
-from benchmarks.load import Load, send_all
+from bros_benchmarks.checkpoint import SMOLLM2_135M, make_checkpoint
+from bros_benchmarks.load import Load, send_all
 
 NUM_NEW_TOKENS = 64
 CONCURRENCIES = (1, 8, 32)
@@ -123,27 +124,27 @@ def run_round(server: ServerUnderTest, baseline: Baseline, concurrency: int) -> 
 
 def print_table(rounds: dict[int, list[Round]]) -> None:
     """Medians over the rounds; ratios are medians of the ratios within each round."""
-    table = Table("clients", "bros tok/s", "batched", "serial", "ratio batched", "ratio serial", "TTFT p50/p99 ms",
-                  "TPOT p50/p99 ms", "rank idle")  # fmt: skip
+    columns = ("clients", "bros tok/s", "batched", "serial", "ratio batched", "ratio serial")
+    table = Table(*columns, "TTFT p50/p99 ms", "TPOT p50/p99 ms", "rank idle")
     for concurrency, turns in rounds.items():
-
-        def median(value):  # type: ignore[no-untyped-def]
-            return statistics.median(value(turn) for turn in turns)  # noqa: B023
-
-        table.add_row(
-            str(concurrency),
-            f"{median(lambda t: t.server.tokens_per_s):.1f}",
-            f"{median(lambda t: t.batched_tokens_per_s):.1f}",
-            f"{median(lambda t: t.serial_tokens_per_s):.1f}",
-            f"{median(lambda t: t.server.tokens_per_s / t.batched_tokens_per_s):.2f}x",
-            f"{median(lambda t: t.server.tokens_per_s / t.serial_tokens_per_s):.2f}x",
-            *(
-                " / ".join(f"{median(lambda t: t.server.percentile_ms(metric, p)):.0f}" for p in (50, 99))  # noqa: B023
-                for metric in ("ttft_s", "tpot_s")
-            ),
-            f"{100 * median(lambda t: t.idle_share):.1f} %",
-        )
+        table.add_row(str(concurrency), *_row(turns))
     Console(width=140).print(table)
+
+
+def _row(turns: list[Round]) -> list[str]:
+    def median(value: Callable[[Round], float]) -> float:
+        return statistics.median(map(value, turns))
+
+    return [
+        f"{median(lambda turn: turn.server.tokens_per_s):.1f}",
+        f"{median(lambda turn: turn.batched_tokens_per_s):.1f}",
+        f"{median(lambda turn: turn.serial_tokens_per_s):.1f}",
+        f"{median(lambda turn: turn.server.tokens_per_s / turn.batched_tokens_per_s):.2f}x",
+        f"{median(lambda turn: turn.server.tokens_per_s / turn.serial_tokens_per_s):.2f}x",
+        f"{median(lambda turn: turn.server.ttft_ms(50)):.0f} / {median(lambda turn: turn.server.ttft_ms(99)):.0f}",
+        f"{median(lambda turn: turn.server.tpot_ms(50)):.0f} / {median(lambda turn: turn.server.tpot_ms(99)):.0f}",
+        f"{100 * median(lambda turn: turn.idle_share):.1f} %",
+    ]
 
 
 def main() -> None:
