@@ -22,9 +22,6 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def __contains__(self, sequence: Sequence) -> bool:
-        return sequence.sequence_id in self._waiting
-
     def __iter__(self) -> Iterator[Sequence]:
         """Every waiting sequence, in no order."""
         return (sequence for _, sequence_id, sequence in self._heap if sequence_id in self._waiting)

@@ -89,11 +89,6 @@ class Scheduler:
         """Tokens that the running sequences may grow to, all together."""
         return sum(sequence.max_total_tokens for sequence in self._running.values())
 
-    @property
-    def num_steps_in_flight(self) -> int:
-        """Steps planned and not committed."""
-        return len(self._in_flight)
-
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. It must fit the KV region on its own."""
         assert sequence.state is SequenceState.WAITING and sequence.num_computed_tokens == 0
