@@ -1,54 +1,194 @@
-"""Block accounting: conservation, direction and order."""
+"""Who owns which slot: tables of what is asked and what comes back. `test_scheduler.py` has the properties."""
 
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
-from bros_router.kv.block_pool import BlockPool
-from bros_router.kv.kv_manager import KVManager
+from bros_router.kv.kv_manager import KVManager, Preemption
 from bros_router.request import RequestClass
+from bros_shard.block_layout import forward_entry, reversed_entry
+from bros_shard.protocol import HostCopy, TailMove
+
+RT, BE = RequestClass.RT, RequestClass.BE
 
 
-@given(st.integers(1, 40), st.lists(st.sampled_from(["low", "high", "back"]), max_size=200), st.randoms())
-def test_pool_gives_the_extreme_free_block_and_loses_none(num_blocks, operations, random):
-    pool = BlockPool(num_blocks)
-    free, taken = set(range(num_blocks)), []
-    for operation in operations:
-        if operation == "back" and taken:
-            block_id = taken.pop(random.randrange(len(taken)))
-            pool.give_back(block_id)
-            free.add(block_id)
-        elif operation != "back" and free:
-            block_id = pool.take_lowest() if operation == "low" else pool.take_highest()
-            assert block_id == (min(free) if operation == "low" else max(free))
-            free.remove(block_id)
-            taken.append(block_id)
-        assert pool.num_free == len(free)
-        assert {b for b in range(num_blocks) if pool.is_free(b)} == free
-
-
-def test_table_changes_are_told_once():
-    kv = KVManager(num_blocks=8, block_size=16)
-    kv.grow(1, RequestClass.RT, num_tokens=20)
-    assert kv.take_changes(1) == (0, [0, 1])
-    assert kv.take_changes(1) == (2, [])
-    kv.grow(1, RequestClass.RT, num_tokens=33)
-    assert kv.take_changes(1) == (2, [2])
-    kv.release(1)
-    kv.grow(1, RequestClass.RT, num_tokens=1)
-    assert kv.take_changes(1) == (0, [0])
-
-
-def test_growing_within_the_last_block_takes_nothing():
-    kv = KVManager(num_blocks=4, block_size=16)
-    kv.grow(1, RequestClass.BE, num_tokens=1)
-    assert kv.num_missing_blocks(1, 16) == 0
-    assert kv.num_missing_blocks(1, 17) == 1
-    kv.grow(1, RequestClass.BE, num_tokens=16)
-    assert kv.num_free_blocks == 3
-    assert kv.take_changes(1) == (0, [~3])
-
-
-def test_release_of_an_unknown_sequence_is_nothing():
-    kv = KVManager(num_blocks=4, block_size=16)
-    kv.release(7)
+@pytest.fixture
+def kv():
+    """Eight slots a block, and so little memory that tails share from the start."""
+    kv = KVManager(num_blocks=4, block_size=8, num_host_blocks=3)
+    kv.num_reserved_blocks = 4
+    yield kv
     kv.check_integrity()
+
+
+def grow(kv: KVManager, sequence_id: int, request_class: RequestClass, num_tokens: int) -> list[int]:
+    """Grow as far as asked; returns the entries that are news to the ranks."""
+    assert kv.shortfall(sequence_id, request_class, num_tokens) == 0
+    kv.grow(sequence_id, request_class, num_tokens)
+    kv.check_integrity()
+    return kv.take_changes(sequence_id)[1]
+
+
+def test_classes_grow_towards_each_other_while_there_is_room():
+    kv = KVManager(num_blocks=4, block_size=8)
+    assert grow(kv, 1, RT, 9) == [forward_entry(0), forward_entry(1)]
+    assert grow(kv, 2, BE, 3) == [reversed_entry(3)]
+    assert grow(kv, 3, RT, 1) == [forward_entry(2)]
+    assert kv.num_shared_blocks == 0
+    assert kv.num_free_blocks == 0
+
+
+def test_tail_goes_beside_the_emptiest_tail_of_the_other_class_when_memory_is_short(kv):
+    grow(kv, 1, RT, 5)
+    grow(kv, 2, BE, 4)
+    assert kv.num_shared_blocks == 0  # 5 + 4 does not fit 8
+    assert grow(kv, 3, RT, 2) == [forward_entry(3)]  # beside sequence 2
+    assert grow(kv, 4, BE, 1) == [reversed_entry(0)]  # beside sequence 1
+    assert kv.num_shared_blocks == 2
+    assert (kv.num_used_blocks(RT), kv.num_used_blocks(BE), kv.num_free_blocks) == (2, 0, 2)
+
+
+def test_a_quarter_of_a_block_stays_between_two_tails_that_meet_anew(kv):
+    grow(kv, 1, RT, 5)
+    assert grow(kv, 2, BE, 2) == [reversed_entry(3)]  # 5 + 2 + 2 > 8
+    assert grow(kv, 3, BE, 1) == [reversed_entry(0)]
+
+
+def test_best_effort_tail_moves_when_the_real_time_one_meets_it(kv):
+    grow(kv, 2, BE, 4)
+    grow(kv, 1, RT, 2)
+    grow(kv, 1, RT, 4)
+    assert kv.take_copies().tail_moves == []
+    assert grow(kv, 1, RT, 5) == []
+    assert kv.take_changes(2) == (0, [reversed_entry(2)])
+    assert kv.take_copies().tail_moves == [TailMove(reversed_entry(3), reversed_entry(2), 4)]
+    assert kv.num_shared_blocks == 0
+
+
+def test_best_effort_tail_moves_when_it_meets_the_real_time_one_itself(kv):
+    grow(kv, 1, RT, 3)
+    grow(kv, 2, BE, 3)
+    assert grow(kv, 2, BE, 6) == [reversed_entry(3)]
+    assert kv.take_copies().tail_moves == [TailMove(reversed_entry(0), reversed_entry(3), 3)]
+
+
+def test_two_moves_of_a_tail_within_a_step_are_one(kv):
+    grow(kv, 1, BE, 3)
+    grow(kv, 2, RT, 3)
+    grow(kv, 3, RT, 3)
+    kv.take_copies()
+    grow(kv, 2, RT, 6)  # sequence 1 leaves block 3 for a gap beside sequence 3, which then grows as well
+    grow(kv, 3, RT, 6)
+    moves = kv.take_copies().tail_moves
+    assert len(moves) == 1
+    assert (moves[0].source_entry, moves[0].num_tokens) == (reversed_entry(3), 3)
+    assert moves[0].destination_entry == kv.take_changes(1)[1][0]
+
+
+def test_nothing_moves_into_slots_that_a_tail_leaves_in_the_same_step(kv):
+    grow(kv, 1, RT, 4)
+    grow(kv, 2, BE, 2)
+    grow(kv, 2, BE, 5)  # leaves block 0
+    assert grow(kv, 3, BE, 1) == [reversed_entry(2)]
+    kv.take_copies()
+    assert grow(kv, 4, BE, 1) == [reversed_entry(0)]
+
+
+def test_shortfall_counts_gaps_and_tails_that_must_leave(kv):
+    grow(kv, 1, RT, 24)
+    grow(kv, 2, BE, 4)
+    assert kv.shortfall(3, RT, 2) == 0
+    assert kv.shortfall(3, RT, 3) == 1
+    grow(kv, 3, RT, 2)
+    assert kv.shortfall(3, RT, 4) == 0
+    assert kv.shortfall(3, RT, 5) == 1  # the tail of 2 has nowhere to go
+    assert kv.shortfall(3, RT, 9) == 2
+    kv.take_last_block(2, 4, is_saved=False)
+    assert kv.shortfall(3, RT, 8) == 0
+
+
+@pytest.mark.parametrize("preemption", [Preemption.BLOCK, Preemption.RECOMPUTE])
+def test_classes_share_no_block_unless_told_to(preemption):
+    kv = KVManager(num_blocks=2, block_size=8, preemption=preemption)
+    kv.num_reserved_blocks = 2
+    grow(kv, 1, RT, 1)
+    grow(kv, 2, BE, 1)
+    assert kv.num_shared_blocks == 0
+    assert kv.shortfall(3, RT, 1) == 1
+
+
+def test_newest_block_is_taken_first_and_only_what_was_computed_is_saved(kv):
+    grow(kv, 1, BE, 20)
+    assert kv.num_tokens_to_save(1, 18) == 2
+    assert kv.take_last_block(1, 18, is_saved=True) == 16
+    assert kv.num_tokens_to_save(1, 16) == 8
+    assert kv.take_last_block(1, 16, is_saved=False) == 8
+    assert kv.take_copies().out == [HostCopy(reversed_entry(1), 0, 2)]
+    assert kv.num_owned_blocks(1) == 1
+
+
+def test_what_was_saved_comes_back_in_order_up_to_the_first_gap(kv):
+    grow(kv, 1, BE, 20)
+    for num_computed_tokens in (20, 16):
+        kv.take_last_block(1, num_computed_tokens, is_saved=True)
+    kv.take_copies()
+    assert kv.num_restorable_tokens(1, 8) == 12
+    grow(kv, 2, RT, 8)
+    grow(kv, 1, BE, 20)
+    assert kv.restore(1, 8, 20) == 20
+    assert kv.take_copies().in_ == [HostCopy(reversed_entry(2), 1, 8), HostCopy(reversed_entry(1), 0, 4)]
+
+
+def test_block_with_a_copy_is_taken_at_no_cost_and_the_copy_is_used_again(kv):
+    grow(kv, 1, BE, 16)
+    assert kv.first_unsaved_block(1, 16) == 1
+    kv.checkpoint(1, 1)
+    assert kv.first_unsaved_block(1, 16) == 0
+    assert kv.take_copies().out == [HostCopy(reversed_entry(2), 0, 8)]
+    assert kv.num_tokens_to_save(1, 16) == 0
+    kv.take_last_block(1, 16, is_saved=True)
+    assert kv.take_copies().out == []
+    assert kv.num_restorable_tokens(1, 8) == 8
+
+
+def test_copy_that_is_spare_gives_way_to_one_that_is_needed(kv):
+    grow(kv, 1, BE, 16)
+    grow(kv, 2, BE, 16)
+    kv.checkpoint(1, 0)
+    kv.checkpoint(1, 1)
+    kv.checkpoint(2, 0)
+    kv.take_copies()
+    assert not kv.has_unused_host_block
+    kv.take_last_block(2, 16, is_saved=True)
+    assert kv.take_copies().out == [HostCopy(reversed_entry(0), 0, 8)]  # was the copy of sequence 1's first block
+    assert kv.first_unsaved_block(1, 16) == 0
+
+
+def test_without_a_host_block_nothing_is_saved():
+    kv = KVManager(num_blocks=2, block_size=8, num_host_blocks=0)
+    grow(kv, 1, BE, 16)
+    assert kv.take_last_block(1, 16, is_saved=True) == 8
+    assert kv.take_copies().out == []
+    assert kv.num_restorable_tokens(1, 8) == 0
+
+
+def test_tail_that_moves_and_is_taken_in_one_step_is_saved_from_where_it_was(kv):
+    """Copies to the host come before moves."""
+    grow(kv, 1, BE, 4)
+    grow(kv, 2, RT, 2)
+    kv.take_copies()
+    grow(kv, 2, RT, 5)  # the tail of 1 moves from block 3 to block 2
+    kv.take_last_block(1, 4, is_saved=True)
+    copies = kv.take_copies()
+    assert copies.out == [HostCopy(reversed_entry(3), 0, 4)]
+    assert copies.tail_moves == []
+
+
+def test_release_gives_everything_back(kv):
+    grow(kv, 1, BE, 20)
+    grow(kv, 2, RT, 4)
+    kv.take_last_block(1, 20, is_saved=True)
+    kv.take_copies()
+    kv.release(1)
+    kv.release(2)
+    kv.release(3)  # never owned anything
+    assert kv.num_free_blocks == 4
+    assert kv.num_free_host_blocks == 3

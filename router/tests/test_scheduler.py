@@ -6,111 +6,33 @@ from collections import deque
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 
-from bros_router.kv.kv_manager import KVManager
+from bros_router.kv.kv_manager import KVManager, Preemption
 from bros_router.request import FinishReason, RequestClass
-from bros_router.scheduling.policies import FirstComeFirstServed
-from bros_router.scheduling.scheduler import Scheduler, SchedulerLimits, StepMismatchError
+from bros_router.scheduling.policies.ordered import FirstComeFirstServed
+from bros_router.scheduling.policies.registry import POLICY_NAMES, PolicyOptions, make_policy, preemption_of
+from bros_router.scheduling.scheduler import Scheduler, StepMismatchError
 from bros_router.scheduling.sequence import Sequence, SequenceState
-from bros_shard.block_layout import slots_of
-from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult
-
-VOCAB_SIZE = 50
-
-
-def sampled_token(seed: int, position: int) -> int:
-    """What the simulated model says: a function of the seed and the position alone, as the real sampler's."""
-    return (seed * 7919 + position * 104729) % VOCAB_SIZE
-
-
-class SimulatedRanks:
-    """Executes plans on a KV region whose slots remember which token of which sequence they hold."""
-
-    def __init__(self, block_size: int, generation: int = 0) -> None:
-        self.block_size = block_size
-        self.generation = generation
-        self.next_step_id = 0
-        self.tokens: dict[int, list[int]] = {}
-        self.seeds: dict[int, int] = {}
-        self.capacities: dict[int, int] = {}
-        self.tables: dict[int, list[int]] = {}
-        self.slots: dict[int, tuple[int, int]] = {}
-
-    def execute(self, plan: StepPlan) -> StepResult:
-        assert (plan.generation, plan.step_id) == (self.generation, self.next_step_id)
-        self.next_step_id += 1
-        for sequence_id in plan.releases:
-            for state in (self.tokens, self.seeds, self.capacities, self.tables):
-                del state[sequence_id]
-        for new in plan.new_sequences:
-            assert new.sequence_id not in self.tokens
-            self.tokens[new.sequence_id] = list(new.token_ids)
-            self.seeds[new.sequence_id] = new.sampling.seed
-            self.capacities[new.sequence_id] = new.max_total_tokens
-            self.tables[new.sequence_id] = []
-        assert len({step.sequence_id for step in plan.sequences}) == len(plan.sequences)
-        results = [self._run(step) for step in plan.sequences]
-        return StepResult(self.generation, plan.step_id, results, 0.0, 0.0, 0.0, 0.0)
-
-    def _run(self, step) -> SequenceResult:
-        sequence_id, table = step.sequence_id, self.tables[step.sequence_id]
-        assert step.first_changed_index <= len(table)
-        table[step.first_changed_index :] = step.entries
-        tokens = self.tokens[sequence_id]
-        stop = step.num_computed_tokens + step.num_tokens
-        assert stop <= len(tokens), "a token is to be computed that nobody knows"
-        slots = slots_of(table, 0, stop, self.block_size)
-        for position in range(step.num_computed_tokens, stop):
-            self.slots[slots[position]] = (sequence_id, position)
-        # Attention reads the whole context: every slot must still hold what this sequence put there.
-        assert [self.slots.get(slot) for slot in slots] == [(sequence_id, p) for p in range(stop)]
-        if stop < len(tokens):
-            return SequenceResult(sequence_id)
-        assert len(tokens) < self.capacities[sequence_id]
-        tokens.append(sampled_token(self.seeds[sequence_id], len(tokens)))
-        return SequenceResult(sequence_id, tokens[-1], -1.0)
+from bros_router.scheduling.step_draft import SchedulerLimits
+from bros_shard.protocol import SequenceResult, StepResult
+from simulated_ranks import VOCAB_SIZE, ExactModel, SimulatedRanks, expected_output, make_sequence, shapes
 
 
 def make_scheduler(
     num_blocks: int = 8, block_size: int = 4, max_batch_tokens: int = 8, max_num_sequences: int = 4
 ) -> tuple[Scheduler, KVManager]:
     kv = KVManager(num_blocks, block_size)
-    return Scheduler(FirstComeFirstServed(), kv, SchedulerLimits(max_batch_tokens, max_num_sequences)), kv
-
-
-def make_sequence(
-    sequence_id: int,
-    num_prompt_tokens: int,
-    max_new_tokens: int,
-    *,
-    request_class: RequestClass = RequestClass.RT,
-    eos_token_ids: frozenset[int] = frozenset(),
-    arrival_s: float | None = None,
-) -> Sequence:
-    return Sequence(
-        sequence_id,
-        request_class,
-        tuple((sequence_id + i) % VOCAB_SIZE for i in range(num_prompt_tokens)),
-        SamplingParams(seed=sequence_id),
-        max_new_tokens,
-        eos_token_ids,
-        float(sequence_id) if arrival_s is None else arrival_s,
-    )
-
-
-def expected_output(sequence: Sequence) -> tuple[list[int], FinishReason]:
-    tokens: list[int] = []
-    while True:
-        tokens.append(sampled_token(sequence.sequence_id, sequence.num_prompt_tokens + len(tokens)))
-        if len(tokens) == sequence.max_new_tokens:
-            return tokens, FinishReason.LENGTH
-        if tokens[-1] in sequence.eos_token_ids:
-            return tokens, FinishReason.EOS_TOKEN
-
-
-def shapes(plan: StepPlan) -> list[tuple[int, int, int]]:
-    return [(s.sequence_id, s.num_computed_tokens, s.num_tokens) for s in plan.sequences]
+    limits = SchedulerLimits(max_batch_tokens, max_num_sequences)
+    return Scheduler(FirstComeFirstServed(), kv, ExactModel(), limits), kv
 
 
 # --- tables ------------------------------------------------------------------------------------------------
@@ -275,17 +197,25 @@ def test_result_of_another_step_is_refused():
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Arrivals, steps, aborts and restarts in any order, with up to two steps in flight."""
+    """Arrivals, steps, delays, aborts and restarts in any order, with up to two steps in flight."""
 
+    policy_name = "bros"
+    options = PolicyOptions()
+    num_host_blocks = 5
     sequences = Bundle("sequences")
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler, self.kv = make_scheduler(num_blocks=7, block_size=4, max_batch_tokens=9, max_num_sequences=5)
-        self.ranks = SimulatedRanks(block_size=4)
+        preemption = preemption_of(self.policy_name, self.options)
+        self.kv = KVManager(7, 4, self.num_host_blocks, preemption)
+        limits, model = SchedulerLimits(max_batch_tokens=9, max_num_sequences=5), ExactModel()
+        policy = make_policy(self.policy_name, model, limits, self.options)
+        self.scheduler = Scheduler(policy, self.kv, model, limits)
+        self.ranks = SimulatedRanks(block_size=4, num_host_blocks=self.num_host_blocks)
         self.results: deque[StepResult] = deque()
         self.alive: dict[int, Sequence] = {}
         self.num_sequences = 0
+        self.now_s = 0.0
 
     @rule(
         target=sequences,
@@ -293,29 +223,44 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_new_tokens=st.integers(1, 12),
         request_class=st.sampled_from(RequestClass),
         eos=st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=6),
+        ttft_s=st.sampled_from([0.03, 0.1, 1.0]),
+        are_given=st.booleans(),
     )
-    def add(self, num_prompt_tokens, max_new_tokens, request_class, eos):
+    def add(self, num_prompt_tokens, max_new_tokens, request_class, eos, ttft_s, are_given):
         sequence = make_sequence(
-            self.num_sequences, num_prompt_tokens, max_new_tokens, request_class=request_class, eos_token_ids=eos
+            self.num_sequences,
+            num_prompt_tokens,
+            max_new_tokens,
+            request_class=request_class,
+            eos_token_ids=eos,
+            arrival_s=self.now_s,
+            ttft_s=ttft_s,
+            tpot_s=0.03,
+            are_given=are_given,
         )
         self.num_sequences += 1
         self.alive[sequence.sequence_id] = sequence
         self.scheduler.add(sequence)
         return sequence
 
+    @rule(seconds=st.sampled_from([0.001, 0.01, 0.05, 40.0]))
+    def wait(self, seconds):
+        self.now_s += seconds
+
     @precondition(lambda self: len(self.results) < 2)
     @rule()
     def plan(self):
-        plan = self.scheduler.plan(0.0)
+        plan = self.scheduler.plan(self.now_s)
         if plan is not None:
             assert sum(step.num_tokens for step in plan.sequences) <= 9
-            assert self.scheduler.num_running <= 5
+            assert len(plan.sequences) <= 5
             self.results.append(self.ranks.execute(plan))
 
     @precondition(lambda self: self.results)
-    @rule()
-    def commit(self):
-        for outcome in self.scheduler.commit(self.results.popleft(), 0.0):
+    @rule(late_s=st.sampled_from([0.0, 0.02]))
+    def commit(self, late_s=0.0):
+        self.now_s += 0.012 + late_s
+        for outcome in self.scheduler.commit(self.results.popleft(), self.now_s):
             sequence = outcome.sequence
             tokens, reason = expected_output(sequence)
             assert outcome.fault is None
@@ -331,9 +276,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def restart(self):
-        self.ranks = SimulatedRanks(block_size=4, generation=self.ranks.generation + 1)
+        generation = self.ranks.generation + 1
+        self.ranks = SimulatedRanks(block_size=4, generation=generation, num_host_blocks=self.num_host_blocks)
         self.results.clear()
-        self.scheduler.restart(self.ranks.generation)
+        self.scheduler.restart(generation)
 
     @invariant()
     def books_balance(self):
@@ -353,10 +299,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.ranks.tokens == {}, "a sequence was never released"
 
 
-SchedulerMachine.TestCase.settings = settings(
-    max_examples=int(os.environ.get("BROS_SCHEDULER_EXAMPLES", "150")),
-    stateful_step_count=40,
+_machine_settings = settings(
+    max_examples=int(os.environ.get("BROS_HYPOTHESIS_EXAMPLES", "60")),
+    stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
 )
-TestSchedulerMachine = SchedulerMachine.TestCase
+_MACHINES = [
+    *((name, Preemption.BIDIR, 5) for name in POLICY_NAMES),
+    ("bros", Preemption.BIDIR, 1),
+    ("bros", Preemption.BIDIR, 0),
+    ("bros", Preemption.BLOCK, 5),
+    ("bros", Preemption.RECOMPUTE, 5),
+]
+
+
+@pytest.mark.parametrize(("name", "preemption", "num_host_blocks"), _MACHINES)
+def test_nothing_is_lost_whatever_comes(name, preemption, num_host_blocks):
+    """Every sequence ends once with its own tokens, every slot read is what its owner wrote, and memory comes back."""
+    attributes = {
+        "policy_name": name,
+        "options": PolicyOptions(preemption=preemption),
+        "num_host_blocks": num_host_blocks,
+    }
+    run_state_machine_as_test(type("Machine", (SchedulerMachine,), attributes), settings=_machine_settings)

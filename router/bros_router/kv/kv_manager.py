@@ -1,35 +1,105 @@
-"""Who owns which blocks of the KV region: the router's half of the cache, numbers alone."""
+"""Who owns which slots of the KV region: the router's half of the cache, numbers alone."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 
 from bros_router.kv.block_pool import BlockPool
+from bros_router.kv.host_pool import HostPool
 from bros_router.request import RequestClass
 from bros_shard.block_layout import block_of, forward_entry, num_blocks_for, reversed_entry
+from bros_shard.protocol import HostCopy, TailMove
+
+
+class Preemption(str, Enum):
+    """How memory is taken from a best-effort sequence, and whether the classes share blocks."""
+
+    RECOMPUTE = "recompute"  # all of its blocks at once; computed anew later. No sharing.
+    BLOCK = "block"  # a block at a time, checkpointed to the host where that is worth it. No sharing.
+    BIDIR = "bidir"  # as BLOCK, and tails of the two classes share blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Copies:
+    """What a step must copy before its forward pass, in this order."""
+
+    out: list[HostCopy]
+    tail_moves: list[TailMove]
+    in_: list[HostCopy]
 
 
 @dataclass(slots=True)
+class _HostCopy:
+    """The first `num_tokens` tokens of one block of a sequence, on the host."""
+
+    host_block: int
+    num_tokens: int
+
+
+@dataclass(slots=True, eq=False)
 class _Owner:
     """One sequence's blocks, as signed entries, and how much of that the ranks have been told."""
 
+    sequence_id: int
     request_class: RequestClass
     entries: list[int] = field(default_factory=list)
+    #: Tokens that the entries are to hold, those of the step being planned included.
+    num_tokens: int = 0
+    #: Who fills the block of the last entry from its other end.
+    partner: _Owner | None = None
+    #: Entries from here on are news to the ranks.
     first_changed_index: int = 0
+    #: Copies on the host, by index in `entries`; an index beyond them can be restored.
+    host_copies: dict[int, _HostCopy] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Move:
+    """The tail of a sequence leaves `source_entry` in the step being planned."""
+
+    owner: _Owner
+    index: int
+    source_entry: int
+    num_tokens: int
 
 
 class KVManager:
-    """Gives blocks to sequences and takes them back. The ranks own the tensors, this owns the numbers.
+    """Gives slots to sequences and takes them back. The ranks own the tensors, this owns the numbers.
 
     A real-time sequence fills forward blocks from the low end of the region, a best-effort one reversed blocks
-    from the high end (`bros_shard.block_layout`).
+    from the high end. While free blocks are few, the *tail* (the last, partly filled block) of a new sequence may
+    share a block with a tail of the other class; when the two meet, the best-effort tail moves
+    (`bros_shard.block_layout` has the arithmetic, `docs/kv-cache.md` the rules).
+
+    Ask with `shortfall`, then act with `grow`. What a step must copy accumulates until `take_copies`.
     """
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        num_host_blocks: int = 0,
+        preemption: Preemption = Preemption.BIDIR,
+    ) -> None:
         self.block_size = block_size
+        self.preemption = preemption
+        #: Free blocks below which tails share, kept for bursts of real-time requests. The policy sets it.
+        self.num_reserved_blocks = 0
         self._pool = BlockPool(num_blocks)
+        self._host = HostPool(num_host_blocks if preemption is not Preemption.RECOMPUTE else 0)
         self._owners: dict[int, _Owner] = {}
         self._num_used = dict.fromkeys(RequestClass, 0)
+        self._num_shared = 0
+        # Of the step being planned:
+        self._copies_out: list[HostCopy] = []
+        self._moves: dict[int, _Move] = {}
+        self._restored: list[tuple[_Owner, int]] = []
+        #: Blocks that a tail leaves: nothing else may move into them within the same step.
+        self._move_sources: set[int] = set()
+        self._held_back: list[int] = []
+
+    # --- what there is
 
     @property
     def num_blocks(self) -> int:
@@ -41,59 +111,344 @@ class KVManager:
         """Blocks that nobody owns."""
         return self._pool.num_free
 
+    @property
+    def num_free_host_blocks(self) -> int:
+        """Blocks of the host pool that hold nothing, or nothing that is needed."""
+        return self._host.num_free + self._host.num_spare
+
+    @property
+    def has_unused_host_block(self) -> bool:
+        """Whether the host pool has a block that holds nothing."""
+        return self._host.num_free > 0
+
+    @property
+    def num_shared_blocks(self) -> int:
+        """Blocks with two owners."""
+        return self._num_shared
+
     def num_used_blocks(self, request_class: RequestClass) -> int:
-        """Blocks that sequences of this class own."""
-        return self._num_used[request_class]
+        """Blocks that sequences of this class own; a shared block counts for real-time alone."""
+        shared = self._num_shared if request_class is RequestClass.BE else 0
+        return self._num_used[request_class] - shared
 
     def num_owned_blocks(self, sequence_id: int) -> int:
-        """Blocks that the sequence owns; 0 where it is unknown."""
+        """Blocks that hold tokens of the sequence; 0 where it is unknown."""
         owner = self._owners.get(sequence_id)
         return len(owner.entries) if owner else 0
 
-    def num_missing_blocks(self, sequence_id: int, num_tokens: int) -> int:
-        """Blocks that the sequence lacks to hold `num_tokens` tokens."""
-        return max(0, num_blocks_for(num_tokens, self.block_size) - self.num_owned_blocks(sequence_id))
+    # --- growing
+
+    def shortfall(self, sequence_id: int, request_class: RequestClass, num_tokens: int) -> int:
+        """Blocks that are missing before the sequence can hold `num_tokens` tokens; 0: `grow` will do."""
+        owner = self._owners.get(sequence_id)
+        num_new = num_blocks_for(num_tokens, self.block_size)
+        if owner is not None:
+            num_new -= len(owner.entries)
+            if num_new <= 0 and owner.partner is None:
+                return 0
+        is_tail_leaving = owner is not None and self._meets_partner(owner, num_tokens)
+        num_missing = max(0, num_new) + is_tail_leaving - self._pool.num_free
+        if num_missing <= 0:
+            return 0
+        # What needs no block of its own: the new last block, and a tail that has to leave.
+        if num_new > 0:
+            num_missing -= self._find_gap(request_class, self._tail_of(num_tokens)) is not None
+        if is_tail_leaving:
+            assert owner is not None and owner.partner is not None
+            leaving = owner if request_class is RequestClass.BE else owner.partner
+            # A best-effort tail that is about to fill its block cannot share one again.
+            if leaving is not owner or num_new <= 0:
+                size = self._tail_of(num_tokens) if leaving is owner else self._num_tail_tokens(leaving)
+                num_missing -= self._find_gap(RequestClass.BE, size) is not None
+        return max(0, num_missing)
 
     def grow(self, sequence_id: int, request_class: RequestClass, num_tokens: int) -> None:
-        """Let the sequence hold `num_tokens` tokens. The caller has seen that enough blocks are free."""
-        num_missing = self.num_missing_blocks(sequence_id, num_tokens)
-        assert num_missing <= self._pool.num_free
-        owner = self._owners.setdefault(sequence_id, _Owner(request_class))
-        for _ in range(num_missing):
-            if request_class is RequestClass.RT:
-                owner.entries.append(forward_entry(self._pool.take_lowest()))
-            else:
-                owner.entries.append(reversed_entry(self._pool.take_highest()))
-        self._num_used[request_class] += num_missing
+        """Let the sequence hold `num_tokens` tokens. The caller has seen that `shortfall` is 0."""
+        owner = self._owners.get(sequence_id)
+        if owner is None:
+            owner = self._owners[sequence_id] = _Owner(sequence_id, request_class)
+        num_new = num_blocks_for(num_tokens, self.block_size) - len(owner.entries)
+        is_tail_leaving = self._meets_partner(owner, num_tokens)
+        if num_new > 0 or is_tail_leaving:
+            num_left = self._pool.num_free - num_new - is_tail_leaving
+            is_tight = num_left < 0 or self._pool.num_free <= self.num_reserved_blocks
+            if is_tail_leaving:
+                self._part(owner, num_tokens, is_tight, is_to_fill=num_new > 0)
+            for position in range(num_new):
+                is_shared = is_tight and position == num_new - 1
+                self._append(owner, self._find_gap(request_class, self._tail_of(num_tokens)) if is_shared else None)
+        owner.num_tokens = max(owner.num_tokens, num_tokens)
+
+    def _append(self, owner: _Owner, gap: _Owner | None) -> None:
+        """One more block at the end: shared with the tail of `gap`, or a fresh one."""
+        if gap is not None:
+            self._pair(owner, gap)
+            block_id = block_of(gap.entries[-1])
+        else:
+            block_id = self._take_block(owner.request_class)
+        is_forward = owner.request_class is RequestClass.RT
+        owner.entries.append(forward_entry(block_id) if is_forward else reversed_entry(block_id))
+        self._num_used[owner.request_class] += 1
+
+    def _take_block(self, request_class: RequestClass) -> int:
+        return self._pool.take_lowest() if request_class is RequestClass.RT else self._pool.take_highest()
+
+    # --- sharing
+
+    def _tail_of(self, num_tokens: int) -> int:
+        """Tokens in the last block of `num_tokens` tokens: 1 to `block_size`."""
+        return (num_tokens - 1) % self.block_size + 1
+
+    def _num_tail_tokens(self, owner: _Owner) -> int:
+        return owner.num_tokens - (len(owner.entries) - 1) * self.block_size
+
+    def _meets_partner(self, owner: _Owner, num_tokens: int) -> bool:
+        """Whether growing to `num_tokens` takes more of the shared block than its other owner leaves."""
+        if owner.partner is None:
+            return False
+        num_tail_tokens = num_tokens - (len(owner.entries) - 1) * self.block_size
+        return num_tail_tokens + self._num_tail_tokens(owner.partner) > self.block_size
+
+    def _find_gap(self, request_class: RequestClass, num_tail_tokens: int) -> _Owner | None:
+        """The owner of the other class whose tail block has the most room, and a quarter of a block to spare.
+
+        The spare quarter keeps the two from meeting again within a few tokens.
+        """
+        if self.preemption is not Preemption.BIDIR:
+            return None
+        most = self.block_size - num_tail_tokens - self.block_size // 4
+        best: _Owner | None = None
+        for owner in self._owners.values():
+            if owner.request_class is request_class or owner.partner is not None or not owner.entries:
+                continue
+            num_tokens = self._num_tail_tokens(owner)
+            if num_tokens <= most and block_of(owner.entries[-1]) not in self._move_sources:
+                best, most = owner, num_tokens - 1
+        return best
+
+    def _pair(self, owner: _Owner, other: _Owner) -> None:
+        owner.partner, other.partner = other, owner
+        self._num_shared += 1
+
+    def _unpair(self, owner: _Owner) -> None:
+        assert owner.partner is not None
+        owner.partner.partner = None
+        owner.partner = None
+        self._num_shared -= 1
+
+    def _part(self, owner: _Owner, num_tokens: int, is_tight: bool, is_to_fill: bool) -> None:
+        """Two owners of a block have met: the best-effort tail moves, into another gap where memory is tight.
+
+        Args:
+            num_tokens: what `owner` grows to.
+            is_to_fill: it fills the block it has, so if its own tail is the one that moves, it needs a whole one.
+        """
+        assert owner.partner is not None
+        leaving = owner if owner.request_class is RequestClass.BE else owner.partner
+        size = self._num_tail_tokens(leaving)
+        index = len(leaving.entries) - 1
+        source_entry = leaving.entries.pop()
+        self._num_used[RequestClass.BE] -= 1
+        self._unpair(owner)
+        self._move_sources.add(block_of(source_entry))
+        gap = None
+        if is_tight and (leaving is not owner or not is_to_fill):
+            gap = self._find_gap(RequestClass.BE, self._tail_of(num_tokens) if leaving is owner else size)
+        self._append(leaving, gap)
+        leaving.first_changed_index = min(leaving.first_changed_index, index)
+        if leaving.sequence_id not in self._moves:  # a second move within a step starts where the first did
+            self._moves[leaving.sequence_id] = _Move(leaving, index, source_entry, size)
+
+    # --- giving up
 
     def release(self, sequence_id: int) -> None:
-        """Take every block back. A sequence that owns none is left alone."""
+        """Take everything back, host copies too. A sequence that owns nothing is left alone."""
         owner = self._owners.pop(sequence_id, None)
         if owner is None:
             return
-        for entry in owner.entries:
-            self._pool.give_back(block_of(entry))
-        self._num_used[owner.request_class] -= len(owner.entries)
+        while owner.entries:
+            self._drop_last(owner)
+        for copy in owner.host_copies.values():
+            self._host.give_back(copy.host_block)
+
+    def _drop_last(self, owner: _Owner) -> None:
+        """Take the last block back, unless another sequence shares it."""
+        move = self._moves.get(owner.sequence_id)
+        if move is not None and move.index == len(owner.entries) - 1:
+            del self._moves[owner.sequence_id]
+        block_id = block_of(owner.entries.pop())
+        self._num_used[owner.request_class] -= 1
+        owner.num_tokens = min(owner.num_tokens, len(owner.entries) * self.block_size)
+        owner.first_changed_index = min(owner.first_changed_index, len(owner.entries))
+        if owner.partner is not None:
+            self._unpair(owner)
+        elif block_id in self._move_sources:
+            self._held_back.append(block_id)
+        else:
+            self._pool.give_back(block_id)
+
+    def num_tokens_to_save(self, sequence_id: int, num_computed_tokens: int) -> int:
+        """Tokens that would have to be copied to the host before the sequence's last block is taken; 0: none."""
+        owner = self._owners[sequence_id]
+        index = len(owner.entries) - 1
+        num_tokens = min(num_computed_tokens - index * self.block_size, self.block_size)
+        copy = owner.host_copies.get(index)
+        return 0 if num_tokens <= 0 or (copy is not None and copy.num_tokens >= num_tokens) else num_tokens
+
+    def take_last_block(self, sequence_id: int, num_computed_tokens: int, *, is_saved: bool) -> int:
+        """Take the sequence's newest block, first saving its tokens on the host where `is_saved`, if it has room.
+
+        Returns:
+            How many of its computed tokens the sequence has left.
+        """
+        owner = self._owners[sequence_id]
+        index = len(owner.entries) - 1
+        if is_saved and self.num_tokens_to_save(sequence_id, num_computed_tokens):
+            self._copy_out(owner, index, num_computed_tokens)
+        copy = owner.host_copies.get(index)
+        if copy is not None:
+            self._host.mark_needed(copy.host_block)
+        self._drop_last(owner)
+        return min(num_computed_tokens, index * self.block_size)
+
+    def checkpoint(self, sequence_id: int, index: int) -> None:
+        """Copy a full, computed block to the host ahead of time: taking it later costs nothing."""
+        owner = self._owners[sequence_id]
+        self._copy_out(owner, index, (index + 1) * self.block_size)
+        copy = owner.host_copies.get(index)
+        if copy is not None:
+            self._host.mark_spare(copy.host_block, sequence_id, index)
+
+    def first_unsaved_block(self, sequence_id: int, num_computed_tokens: int) -> int | None:
+        """Index of the sequence's newest full computed block that has no copy on the host."""
+        owner = self._owners[sequence_id]
+        for index in range(min(num_computed_tokens // self.block_size, len(owner.entries)) - 1, -1, -1):
+            if index not in owner.host_copies:
+                return index
+        return None
+
+    def _copy_out(self, owner: _Owner, index: int, num_computed_tokens: int) -> None:
+        """Plan a copy of the block at `index`; without a free host block, nothing."""
+        num_tokens = min(num_computed_tokens - index * self.block_size, self.block_size)
+        copy = owner.host_copies.get(index)
+        if copy is None:
+            if self._host.num_free == 0 and not self._give_up_spare():
+                return
+            copy = owner.host_copies[index] = _HostCopy(self._host.take(), num_tokens)
+        copy.num_tokens = num_tokens
+        move = self._moves.get(owner.sequence_id)
+        # Copies out come first in a step: a tail that moves in this one is still where it was.
+        is_moving = move is not None and move.index == index
+        entry = move.source_entry if move is not None and is_moving else owner.entries[index]
+        self._copies_out.append(HostCopy(entry, copy.host_block, num_tokens))
+
+    def _give_up_spare(self) -> bool:
+        spare = self._host.oldest_spare()
+        if spare is None:
+            return False
+        sequence_id, index = spare
+        self._host.give_back(self._owners[sequence_id].host_copies.pop(index).host_block)
+        return True
+
+    # --- restoring
+
+    def num_restorable_tokens(self, sequence_id: int, num_computed_tokens: int) -> int:
+        """Tokens after the computed ones that the host has without a gap."""
+        owner = self._owners.get(sequence_id)
+        if owner is None or num_computed_tokens % self.block_size:
+            return 0
+        num_tokens = 0
+        index = num_computed_tokens // self.block_size
+        while (copy := owner.host_copies.get(index)) is not None:
+            num_tokens += copy.num_tokens
+            if copy.num_tokens < self.block_size:
+                break
+            index += 1
+        return num_tokens
+
+    def restore(self, sequence_id: int, num_computed_tokens: int, num_tokens: int) -> int:
+        """Copy back what the host has of the tokens up to `num_tokens`, for which the sequence has blocks again.
+
+        Returns:
+            How many tokens are computed then.
+        """
+        owner = self._owners[sequence_id]
+        index = num_computed_tokens // self.block_size
+        while num_computed_tokens < num_tokens and (copy := owner.host_copies.get(index)) is not None:
+            num_copied = min(copy.num_tokens, num_tokens - num_computed_tokens)
+            copy.num_tokens = num_copied  # the rest is computed anew, and the block is copied whole next time
+            self._restored.append((owner, index))
+            num_computed_tokens += num_copied
+            index += 1
+        return num_computed_tokens
+
+    # --- telling the ranks
 
     def take_changes(self, sequence_id: int) -> tuple[int, list[int]]:
         """`(first_changed_index, entries)`: the block table from the first entry the ranks do not know."""
         owner = self._owners[sequence_id]
         first = owner.first_changed_index
+        if first == len(owner.entries):
+            return first, []
         owner.first_changed_index = len(owner.entries)
         return first, owner.entries[first:]
 
+    def take_copies(self) -> Copies:
+        """What the step that was planned must copy. The next step begins with none."""
+        moves = [
+            TailMove(move.source_entry, move.owner.entries[move.index], move.num_tokens)
+            for move in self._moves.values()
+        ]
+        copies_in = []
+        for owner, index in self._restored:
+            copy = owner.host_copies[index]
+            copies_in.append(HostCopy(owner.entries[index], copy.host_block, copy.num_tokens))
+            self._host.mark_spare(copy.host_block, owner.sequence_id, index)
+        copies = Copies(self._copies_out, moves, copies_in)
+        self._copies_out = []
+        self._moves.clear()
+        self._restored.clear()
+        self._move_sources.clear()
+        for block_id in self._held_back:
+            self._pool.give_back(block_id)
+        self._held_back.clear()
+        return copies
+
+    # --- checking
+
     def check_integrity(self) -> None:
-        """Free and owned blocks make up the region, and no block has two owners.
+        """Free and owned blocks make up the region, no slot has two owners, and the counts are right.
 
         Raises:
             AssertionError: the books do not balance.
         """
-        owned = [block_of(entry) for owner in self._owners.values() for entry in owner.entries]
-        assert len(set(owned)) == len(owned), "a block has two owners"
-        assert not any(self._pool.is_free(block_id) for block_id in owned), "an owned block counts as free"
-        assert len(owned) + self._pool.num_free == self._pool.num_blocks, "a block is lost"
+        owners: dict[int, list[_Owner]] = {}
+        for owner in self._owners.values():
+            assert num_blocks_for(owner.num_tokens, self.block_size) == len(owner.entries), "tokens without a block"
+            for entry in owner.entries:
+                owners.setdefault(block_of(entry), []).append(owner)
+        for block_id, sharers in owners.items():
+            assert not self._pool.is_free(block_id), "an owned block counts as free"
+            if len(sharers) > 1:
+                self._check_shared(block_id, sharers)
+        num_shared = sum(len(sharers) > 1 for sharers in owners.values())
+        assert num_shared == self._num_shared, "the count of shared blocks is off"
+        assert num_shared * 2 == sum(owner.partner is not None for owner in self._owners.values())
+        assert len(owners) + self._pool.num_free == self._pool.num_blocks, "a block is lost"
         num_free = sum(self._pool.is_free(block_id) for block_id in range(self._pool.num_blocks))
         assert num_free == self._pool.num_free, "the count of free blocks is off"
         for request_class in RequestClass:
             used = sum(len(o.entries) for o in self._owners.values() if o.request_class is request_class)
             assert used == self._num_used[request_class], f"the count of {request_class.value} blocks is off"
+        copies = [copy.host_block for owner in self._owners.values() for copy in owner.host_copies.values()]
+        assert len(set(copies)) == len(copies), "a host block holds two copies"
+        assert len(copies) + self._host.num_free == self._host.num_blocks, "a host block is lost"
+
+    def _check_shared(self, block_id: int, sharers: list[_Owner]) -> None:
+        assert len(sharers) == 2, "a block has three owners"
+        first, second = sharers
+        assert first.partner is second and second.partner is first, "owners of a block do not know each other"
+        assert first.request_class is not second.request_class
+        assert block_of(first.entries[-1]) == block_of(second.entries[-1]) == block_id, "not a tail is shared"
+        num_tokens = self._num_tail_tokens(first) + self._num_tail_tokens(second)
+        assert num_tokens <= self.block_size, "a slot has two owners"

@@ -1,4 +1,4 @@
-"""Decides every step: which sequences run, how many tokens of each, and who gives way.
+"""Plans every step and takes in its result: the mechanism, with the decisions left to a policy.
 
 Pure: no sockets, torch, asyncio, logging or clock; time is an argument. The server, the tests and the simulator
 run this same class.
@@ -8,24 +8,14 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TypeAlias
 
-from bros_router.kv.kv_manager import KVManager
-from bros_router.request import FinishReason
-from bros_router.scheduling.policies import Policy
-from bros_router.scheduling.queues import WaitingQueue
+from bros_router.kv.kv_manager import Copies, KVManager
+from bros_router.request import FinishReason, RequestClass
+from bros_router.scheduling.latency_model import LatencyModel
+from bros_router.scheduling.policies.policy import Policy
 from bros_router.scheduling.sequence import Sequence, SequenceState
-from bros_shard.protocol import NewSequence, SequenceResult, SequenceStep, StepPlan, StepResult
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """What a step may hold."""
-
-    #: The token budget: most tokens computed in one step. TGI's `--max-batch-prefill-tokens`.
-    max_batch_tokens: int
-    #: Most sequences that own KV at once. TGI's `--max-batch-size`.
-    max_num_sequences: int
+from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
+from bros_shard.protocol import NewSequence, SequenceResult, SequenceStep, StepPlan, StepResult, StepShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,15 +34,29 @@ class StepMismatchError(Exception):
     """The ranks answered another step than the one that is due."""
 
 
-#: A sequence and how many of its pending tokens the step computes.
-Chunk: TypeAlias = tuple[Sequence, int]
+@dataclass(slots=True)
+class StepInFlight:
+    """A step that was planned and not committed yet."""
+
+    step_id: int
+    shape: StepShape
+    #: When it started, or will.
+    start_s: float
+    predicted_s: float
+    #: What the real-time sequences that decode would take without the rest.
+    rt_decode_s: float
+    #: The sequences for which the step samples a token.
+    sampled: list[Sequence]
 
 
 @dataclass(slots=True)
-class _StepInFlight:
-    step_id: int
-    #: The sequences for which the step samples a token.
-    sampled: list[Sequence]
+class SchedulerCounts:
+    """What happened since the start."""
+
+    num_preempted_blocks: int = 0
+    num_copied_out_tokens: int = 0
+    num_restored_tokens: int = 0
+    num_moved_tokens: int = 0
 
 
 class Scheduler:
@@ -62,26 +66,35 @@ class Scheduler:
     plan assumed is checked at its commit.
     """
 
-    def __init__(self, policy: Policy, kv: KVManager, limits: SchedulerLimits, generation: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        kv: KVManager,
+        latency_model: LatencyModel,
+        limits: SchedulerLimits,
+        generation: int = 0,
+    ) -> None:
+        self.counts = SchedulerCounts()
         self._policy = policy
         self._kv = kv
+        self._latency_model = latency_model
         self._limits = limits
         self._generation = generation
         self._next_step_id = 0
-        self._waiting = WaitingQueue(policy.waiting_key)
         #: In order of admission. A dict, so that leaving it is O(1).
         self._running: dict[int, Sequence] = {}
-        self._in_flight: deque[_StepInFlight] = deque()
+        self._in_flight: deque[StepInFlight] = deque()
         self._releases: list[int] = []
+        self._relegated: list[Sequence] = []
 
     @property
     def num_waiting(self) -> int:
-        """Sequences that own no KV."""
-        return len(self._waiting)
+        """Sequences that wait to be let in."""
+        return self._policy.num_waiting
 
     @property
     def num_running(self) -> int:
-        """Sequences that own KV."""
+        """Sequences that were let in."""
         return len(self._running)
 
     @property
@@ -89,25 +102,44 @@ class Scheduler:
         """Tokens that the running sequences may grow to, all together."""
         return sum(sequence.max_total_tokens for sequence in self._running.values())
 
+    @property
+    def last_step(self) -> StepInFlight | None:
+        """The latest step that was planned and is not committed."""
+        return self._in_flight[-1] if self._in_flight else None
+
+    def free_at_s(self, now_s: float) -> float:
+        """When the ranks are predicted to have run all that was planned; `now_s` where they are idle or overdue."""
+        free_s = now_s
+        if self._in_flight:
+            first = self._in_flight[0]
+            free_s = max(now_s, first.start_s + first.predicted_s)
+            free_s += sum(step.predicted_s for step in self._in_flight if step is not first)
+        return free_s
+
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. It must fit the KV region on its own."""
         assert sequence.state is SequenceState.WAITING and sequence.num_computed_tokens == 0
         assert sequence.max_total_tokens <= self._kv.num_blocks * self._kv.block_size
-        self._waiting.push(sequence)
+        self._policy.add(sequence)
 
-    def finish(self, sequence: Sequence) -> None:
+    def finish(self, sequence: Sequence, *, is_complete: bool = False) -> None:
         """The one exit of a sequence, whatever the reason. Its blocks are free for the next plan.
 
         A step in flight may still write to those blocks: the ranks run plans in order, so whoever gets them in
         a later plan writes after it. A second call does nothing.
+
+        Args:
+            is_complete: it has got its last token, so what the policy learns from it is true.
         """
         if sequence.state is SequenceState.FINISHED:
             return
+        if is_complete:
+            self._policy.finished(sequence)
         if sequence.state is SequenceState.RUNNING:
             del self._running[sequence.sequence_id]
             self._kv.release(sequence.sequence_id)
         else:
-            self._waiting.remove(sequence)
+            self._policy.remove(sequence)
         sequence.state = SequenceState.FINISHED
         if sequence.is_on_ranks:
             self._releases.append(sequence.sequence_id)
@@ -115,18 +147,30 @@ class Scheduler:
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, or `None` where there is nothing to send now.
 
-        A plan may hold releases alone: the ranks then compute nothing.
+        A plan may hold releases or copies alone: the ranks then compute nothing.
         """
-        chunks, victims = self._choose_running()
-        for victim in victims:
-            self._preempt(victim)
-        for sequence, num_tokens in chunks:
-            self._grow(sequence, sequence.num_computed_tokens + num_tokens)
-        if not victims:
-            chunks += self._admit(self._limits.max_batch_tokens - sum(num_tokens for _, num_tokens in chunks))
-        if not chunks and not self._releases:
+        draft = StepDraft(
+            now_s,
+            self.free_at_s(now_s),
+            self._next_step_id,
+            self._kv,
+            self._latency_model,
+            self._limits,
+            self._running,
+            self._policy.add,
+        )
+        self._policy.compose(draft)
+        self._relegated += draft.relegated
+        copies = self._kv.take_copies()
+        self._count(draft, copies)
+        if not draft.chunks and not self._releases and not (copies.out or copies.tail_moves or copies.in_):
             return None
-        return self._emit(chunks, now_s)
+        return self._emit(draft, copies)
+
+    def take_relegated(self) -> list[Sequence]:
+        """The sequences that were relegated since the last call."""
+        relegated, self._relegated = self._relegated, []
+        return relegated
 
     def commit(self, result: StepResult, now_s: float) -> list[Outcome]:
         """Take in the result of the oldest step in flight.
@@ -138,12 +182,17 @@ class Scheduler:
         """
         if not self._in_flight or self._in_flight[0].step_id != result.step_id:
             raise StepMismatchError(f"step {result.step_id} is not the one due")
+        step = self._in_flight.popleft()
+        if step.sampled or step.shape.num_prefill_tokens:
+            self._latency_model.observe(step.shape, result.step_s)
+        if self._in_flight:
+            self._in_flight[0].start_s = now_s
         results = {part.sequence_id: part for part in result.sequences}
         outcomes = []
-        for sequence in self._in_flight.popleft().sampled:
+        for sequence in step.sampled:
             sequence.num_in_flight_tokens -= 1
             if sequence.state is not SequenceState.FINISHED:
-                outcomes.append(self._commit_token(sequence, results.get(sequence.sequence_id)))
+                outcomes.append(self._commit_token(sequence, results.get(sequence.sequence_id), now_s))
         return outcomes
 
     def restart(self, generation: int) -> None:
@@ -157,119 +206,84 @@ class Scheduler:
         self._in_flight.clear()
         self._releases.clear()
         for sequence in [*self._running.values()]:
-            self._preempt(sequence)
-        for sequence in self._waiting:
+            self._kv.release(sequence.sequence_id)
+            sequence.num_computed_tokens = 0
+            sequence.state = SequenceState.WAITING
+            self._policy.add(sequence)
+        self._running.clear()
+        for sequence in self._policy.waiting():
             sequence.num_in_flight_tokens = 0
             sequence.is_on_ranks = False
 
-    def _choose_running(self) -> tuple[list[Chunk], list[Sequence]]:
-        """The chunks of the running sequences, and the victims that must make room for them.
-
-        Decided on counts alone; nothing changes, so there is nothing to undo.
-        """
-        chunks: list[Chunk] = []
-        victims: list[Sequence] = []
-        num_tokens_left = self._limits.max_batch_tokens
-        num_free_blocks = self._kv.num_free_blocks
-        candidates = dict(self._running)  # those that may still be preempted
-        for sequence in self._running.values():
-            num_tokens = min(sequence.num_pending_tokens, num_tokens_left)
-            if num_tokens == 0 or sequence.sequence_id not in candidates:
-                continue
-            num_missing = self._kv.num_missing_blocks(sequence.sequence_id, sequence.num_computed_tokens + num_tokens)
-            while num_missing > num_free_blocks and sequence.sequence_id in candidates:
-                victim = max(candidates.values(), key=self._policy.victim_key)
-                del candidates[victim.sequence_id]
-                victims.append(victim)
-                num_free_blocks += self._kv.num_owned_blocks(victim.sequence_id)
-            if sequence.sequence_id not in candidates:
-                continue  # it gave way itself
-            del candidates[sequence.sequence_id]
-            chunks.append((sequence, num_tokens))
-            num_free_blocks -= num_missing
-            num_tokens_left -= num_tokens
-        return chunks, victims
-
-    def _admit(self, num_tokens_left: int) -> list[Chunk]:
-        """Let waiting sequences in, in order, as long as the whole of what each one knows fits the free blocks.
-
-        Strictly in order: the first that does not fit holds up those behind it, or it might never fit.
-        """
-        chunks: list[Chunk] = []
-        while num_tokens_left > 0 and len(self._running) < self._limits.max_num_sequences:
-            sequence = self._waiting.peek()
-            if sequence is None or sequence.num_in_flight_tokens > 0:
-                break
-            num_missing = self._kv.num_missing_blocks(sequence.sequence_id, sequence.num_pending_tokens)
-            if num_missing > self._kv.num_free_blocks:
-                break
-            self._waiting.pop()
-            sequence.state = SequenceState.RUNNING
-            self._running[sequence.sequence_id] = sequence
-            self._grow(sequence, sequence.num_pending_tokens)
-            num_tokens = min(sequence.num_pending_tokens, num_tokens_left)
-            chunks.append((sequence, num_tokens))
-            num_tokens_left -= num_tokens
-        return chunks
-
-    def _grow(self, sequence: Sequence, num_tokens: int) -> None:
-        self._kv.grow(sequence.sequence_id, sequence.request_class, num_tokens)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take all KV of a running sequence; it waits again, to be computed anew from its first token."""
-        del self._running[sequence.sequence_id]
-        self._kv.release(sequence.sequence_id)
-        sequence.num_computed_tokens = 0
-        sequence.state = SequenceState.WAITING
-        self._waiting.push(sequence)
-
-    def _emit(self, chunks: list[Chunk], now_s: float) -> StepPlan:
+    def _emit(self, draft: StepDraft, copies: Copies) -> StepPlan:
         """Write the decision down as the message that the ranks get, and count it as done."""
         steps, new_sequences, sampled = [], [], []
-        for sequence, num_tokens in chunks:
+        num_rt_decodes = num_rt_context_tokens = 0
+        for sequence, num_tokens in draft.chunks:
             if not sequence.is_on_ranks:
-                new_sequences.append(
-                    NewSequence(
-                        sequence.sequence_id,
-                        sequence.known_token_ids(),
-                        sequence.max_total_tokens,
-                        sequence.sampling,
-                    )
-                )
-                sequence.is_on_ranks = True
-            if sequence.first_scheduled_s is None:
-                sequence.first_scheduled_s = now_s
+                new_sequences.append(self._introduce(sequence, draft.now_s))
+            num_computed_tokens = sequence.num_computed_tokens
             first_changed_index, entries = self._kv.take_changes(sequence.sequence_id)
             steps.append(
-                SequenceStep(
-                    sequence.sequence_id,
-                    sequence.num_computed_tokens,
-                    num_tokens,
-                    first_changed_index,
-                    entries,
-                )
+                SequenceStep(sequence.sequence_id, num_computed_tokens, num_tokens, first_changed_index, entries)
             )
-            sequence.num_computed_tokens += num_tokens
-            if sequence.num_computed_tokens == sequence.num_known_tokens:
+            if num_tokens == 1 and sequence.request_class is RequestClass.RT:
+                num_rt_decodes += 1
+                num_rt_context_tokens += num_computed_tokens + 1
+            sequence.num_computed_tokens = num_computed_tokens + num_tokens
+            if num_computed_tokens + num_tokens == sequence.num_known_tokens:
                 sequence.num_in_flight_tokens += 1
                 sampled.append(sequence)
-        plan = StepPlan(self._generation, self._next_step_id, steps, new_sequences, self._releases)
-        self._in_flight.append(_StepInFlight(plan.step_id, sampled))
+        plan = StepPlan(
+            self._generation,
+            self._next_step_id,
+            steps,
+            new_sequences,
+            self._releases,
+            copies.out,
+            copies.tail_moves,
+            copies.in_,
+        )
+        shape = draft.shape
+        predicted_s = self._latency_model.predict_s(shape)
+        rt_decode_s = 0.0
+        if num_rt_decodes:
+            rt_decodes = StepShape(num_decode_sequences=num_rt_decodes, decode_context_tokens=num_rt_context_tokens)
+            rt_decode_s = self._latency_model.predict_s(rt_decodes)
+        self._in_flight.append(StepInFlight(plan.step_id, shape, draft.start_s, predicted_s, rt_decode_s, sampled))
         self._next_step_id += 1
         self._releases = []
         return plan
 
-    def _commit_token(self, sequence: Sequence, result: SequenceResult | None) -> Outcome:
+    def _introduce(self, sequence: Sequence, now_s: float) -> NewSequence:
+        """What a rank that never saw the sequence must be told."""
+        sequence.is_on_ranks = True
+        if sequence.first_scheduled_s is None:
+            sequence.first_scheduled_s = now_s
+        return NewSequence(
+            sequence.sequence_id, sequence.known_token_ids(), sequence.max_total_tokens, sequence.sampling
+        )
+
+    def _commit_token(self, sequence: Sequence, result: SequenceResult | None, now_s: float) -> Outcome:
         if result is None or result.token_id is None:
             self.finish(sequence)
             fault = result.fault if result else None
             return Outcome(sequence, fault=fault or "the step gave no token")
         sequence.output_token_ids.append(result.token_id)
+        sequence.last_token_s = now_s
+        if sequence.first_token_s is None:
+            sequence.first_token_s = now_s
         finish_reason = None
         if len(sequence.output_token_ids) == sequence.max_new_tokens:
             finish_reason = FinishReason.LENGTH  # before EOS: TGI's precedence
         elif result.token_id in sequence.eos_token_ids:
             finish_reason = FinishReason.EOS_TOKEN
         if finish_reason is not None:
-            self.finish(sequence)
+            self.finish(sequence, is_complete=True)
         return Outcome(sequence, result.token_id, result.logprob, finish_reason)
+
+    def _count(self, draft: StepDraft, copies: Copies) -> None:
+        self.counts.num_preempted_blocks += draft.num_preempted_blocks
+        self.counts.num_restored_tokens += draft.num_restored_tokens
+        self.counts.num_copied_out_tokens += sum(copy.num_tokens for copy in copies.out)
+        self.counts.num_moved_tokens += sum(move.num_tokens for move in copies.tail_moves)

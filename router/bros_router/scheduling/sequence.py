@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import Enum
 
-from bros_router.request import RequestClass
+from bros_router.request import LatencyTargets, RequestClass
 from bros_shard.protocol import SamplingParams
 
 
 class SequenceState(Enum):
     """Where a sequence stands. `FINISHED` is entered once and never left."""
 
-    WAITING = "waiting"  # new, or preempted: owns no KV
-    RUNNING = "running"  # owns KV
+    WAITING = "waiting"  # new, or preempted with nothing left
+    RUNNING = "running"  # in the steps, or preempted in part
     FINISHED = "finished"
 
 
@@ -40,6 +40,8 @@ class Sequence:
     #: Tokens that end the sequence; empty where the request asked to ignore them.
     eos_token_ids: frozenset[int]
     arrival_s: float
+    #: What a real-time sequence wants; `None` for a best-effort one.
+    targets: LatencyTargets | None = None
 
     state: SequenceState = SequenceState.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -47,6 +49,11 @@ class Sequence:
     num_in_flight_tokens: int = 0
     #: Time the first step with this sequence was planned; `None` until then.
     first_scheduled_s: float | None = None
+    #: Times at which the first and the latest token were committed; `None` before.
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+    #: Its targets cannot be met any more, so it no longer holds up those that can.
+    is_late: bool = False
     #: Whether the ranks hold its tokens: it goes whole into the first plan, and must be released.
     is_on_ranks: bool = False
 
@@ -69,6 +76,21 @@ class Sequence:
     def num_pending_tokens(self) -> int:
         """Tokens still to compute before the next one can be sampled; 0 once the last one is in flight."""
         return min(self.num_known_tokens, self.max_total_tokens - 1) - self.num_computed_tokens
+
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next token is one step away."""
+        return self.num_pending_tokens == 1
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a step may compute some of it.
+
+        One that was preempted with a token in flight is not: that token may be its last, and computing the sequence
+        anew would be for nothing.
+        """
+        num_pending_tokens = self.num_pending_tokens
+        return num_pending_tokens == 1 or (num_pending_tokens > 1 and self.num_in_flight_tokens == 0)
 
     def known_token_ids(self) -> list[int]:
         """Prompt and committed output: what a rank that never saw the sequence must be told."""

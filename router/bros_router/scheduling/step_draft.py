@@ -1,0 +1,218 @@
+"""The step that is being composed: what a policy may ask, and what it may do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from bros_router.kv.kv_manager import KVManager, Preemption
+from bros_router.scheduling.latency_model import LatencyModel
+from bros_router.scheduling.sequence import Sequence, SequenceState
+from bros_shard.protocol import StepShape
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """What a step may hold."""
+
+    #: The token budget: most tokens computed in one step. TGI's `--max-batch-prefill-tokens`.
+    max_batch_tokens: int
+    #: Most sequences in one step. TGI's `--max-batch-size`.
+    max_num_sequences: int
+
+
+#: A sequence and how many of its pending tokens the step computes.
+Chunk: TypeAlias = tuple[Sequence, int]
+
+
+class StepDraft:
+    """A step on its way to a `StepPlan`. Every action takes effect at once, so ask first: there is no undo.
+
+    The mechanism of scheduling: a policy decides by calling this, and can do nothing else. It keeps the limits of
+    a step, lets sequences in, gives them memory and takes it from others, and predicts how long the step takes.
+    """
+
+    def __init__(
+        self,
+        now_s: float,
+        start_s: float,
+        step_id: int,
+        kv: KVManager,
+        latency_model: LatencyModel,
+        limits: SchedulerLimits,
+        running: dict[int, Sequence],
+        on_preempted: Callable[[Sequence], None],
+    ) -> None:
+        self.now_s = now_s
+        #: When the step will start: every deadline is judged by this.
+        self.start_s = start_s
+        self.step_id = step_id
+        self.kv = kv
+        self.latency_model = latency_model
+        self.limits = limits
+        self.chunks: list[Chunk] = []
+        self.num_tokens_left = limits.max_batch_tokens
+        self.num_preempted_blocks = 0
+        self.num_restored_tokens = 0
+        #: Who gave up memory for this step.
+        self.victims: set[int] = set()
+        self.relegated: list[Sequence] = []
+        self._running = running
+        self._on_preempted = on_preempted
+        self._members: set[int] = set()
+        self._num_prefill_tokens = 0
+        self._num_prefill_sequences = 0
+        self._num_decode_sequences = 0
+        self._prefill_attention = 0.0
+        self._decode_context_tokens = 0
+        self._num_copied_tokens = 0
+
+    # --- what there is
+
+    @property
+    def running(self) -> Collection[Sequence]:
+        """Sequences that were let in and have not ended, in that order; some may be preempted in part."""
+        return self._running.values()
+
+    @property
+    def num_sequences_left(self) -> int:
+        """How many more sequences the step may hold."""
+        return self.limits.max_num_sequences - len(self.chunks)
+
+    @property
+    def shape(self) -> StepShape:
+        """What the time of the step, as far as it is composed, depends on."""
+        return StepShape(
+            self._num_prefill_tokens,
+            self._num_prefill_sequences,
+            self._num_decode_sequences,
+            self._prefill_attention,
+            self._decode_context_tokens,
+            self._num_copied_tokens,
+        )
+
+    @property
+    def end_s(self) -> float:
+        """When the step, as far as it is composed, will have ended."""
+        return self.start_s + self.latency_model.bound_s(self.shape)
+
+    def holds(self, sequence: Sequence) -> bool:
+        """Whether the sequence is in the step."""
+        return sequence.sequence_id in self._members
+
+    def shortfall(self, sequence: Sequence, num_tokens: int) -> int:
+        """KV blocks that are missing before `num_tokens` more tokens of the sequence can be computed."""
+        return self.kv.shortfall(
+            sequence.sequence_id, sequence.request_class, sequence.num_computed_tokens + num_tokens
+        )
+
+    def largest_chunk(self, sequence: Sequence, end_s: float) -> int:
+        """The most pending tokens of the sequence that the token budget and a step ending by `end_s` leave room for."""
+        limit = min(sequence.num_pending_tokens, self.num_tokens_left)
+        if limit <= 0:
+            return 0
+        return self.latency_model.largest_chunk(self.shape, sequence.num_computed_tokens, limit, end_s - self.start_s)
+
+    # --- what can be done
+
+    def add(self, sequence: Sequence, num_tokens: int, num_reserved_tokens: int = 0) -> None:
+        """Let the step compute the next `num_tokens` pending tokens of a sequence; let it in if it waits.
+
+        Its `shortfall` is 0 for these, and for `num_reserved_tokens`: what it gets blocks for now, so that nobody can
+        come between the chunks of a prompt.
+        """
+        num_computed_tokens = sequence.num_computed_tokens
+        num_stored_tokens = num_computed_tokens + max(num_tokens, num_reserved_tokens)
+        self.kv.grow(sequence.sequence_id, sequence.request_class, num_stored_tokens)
+        if sequence.state is SequenceState.WAITING:
+            sequence.state = SequenceState.RUNNING
+            self._running[sequence.sequence_id] = sequence
+        self._members.add(sequence.sequence_id)
+        self.chunks.append((sequence, num_tokens))
+        self.num_tokens_left -= num_tokens
+        if num_tokens == 1:
+            self._num_decode_sequences += 1
+            self._decode_context_tokens += num_computed_tokens + 1
+        else:
+            self._num_prefill_sequences += 1
+            self._num_prefill_tokens += num_tokens
+            self._prefill_attention += num_tokens * (num_computed_tokens + num_tokens / 2)
+
+    def preempt(self, victim: Sequence) -> None:
+        """Take all memory of a running sequence; it waits again, to be computed anew from its first token."""
+        assert not self.holds(victim)
+        self.num_preempted_blocks += self.kv.num_owned_blocks(victim.sequence_id)
+        self.victims.add(victim.sequence_id)
+        del self._running[victim.sequence_id]
+        self.kv.release(victim.sequence_id)
+        victim.num_computed_tokens = 0
+        victim.state = SequenceState.WAITING
+        self._on_preempted(victim)
+
+    def relegate(self, sequence: Sequence) -> None:
+        """Its targets cannot be met any more: from now on it holds up nobody."""
+        sequence.is_late = True
+        self.relegated.append(sequence)
+
+    def make_room(
+        self, sequence: Sequence, num_tokens: int, victims: Iterable[Sequence], end_s: float = float("inf")
+    ) -> bool:
+        """See to it that `num_tokens` more tokens of the sequence can be computed, at the cost of `victims`.
+
+        They lose their newest blocks first, each as many as are needed, the first victim before the second. What they
+        lose is saved on the host, unless that would make the step end after `end_s`: then it is computed anew later.
+
+        Returns:
+            Whether there is room. Without enough victims nothing is taken.
+        """
+        num_missing = self.shortfall(sequence, num_tokens)
+        if num_missing == 0:
+            return True
+        candidates = [
+            victim
+            for victim in victims
+            if victim is not sequence and not self.holds(victim) and self.kv.num_owned_blocks(victim.sequence_id)
+        ]
+        if sum(self.kv.num_owned_blocks(victim.sequence_id) for victim in candidates) < num_missing:
+            return False
+        for victim in candidates:
+            if self.kv.preemption is Preemption.RECOMPUTE:
+                self.preempt(victim)
+            else:
+                while self.kv.num_owned_blocks(victim.sequence_id) and self.shortfall(sequence, num_tokens):
+                    self._take_last_block(victim, end_s)
+            if self.shortfall(sequence, num_tokens) == 0:
+                return True
+        return False  # their tails shared blocks with others, so taking them freed too little
+
+    def _take_last_block(self, victim: Sequence, end_s: float) -> None:
+        num_copied = self.kv.num_tokens_to_save(victim.sequence_id, victim.num_computed_tokens)
+        is_saved = False
+        if num_copied and self.kv.num_free_host_blocks:
+            with_copy = self.shape.with_copies(num_copied)
+            is_saved = self.start_s + self.latency_model.bound_s(with_copy) <= end_s
+        victim.num_computed_tokens = self.kv.take_last_block(
+            victim.sequence_id, victim.num_computed_tokens, is_saved=is_saved
+        )
+        if is_saved:
+            self._num_copied_tokens += num_copied
+        self.num_preempted_blocks += 1
+        self.victims.add(victim.sequence_id)
+
+    def restore(self, sequence: Sequence, num_tokens: int) -> None:
+        """Give a sequence that was preempted in part the blocks of all it knows, and copy back `num_tokens` tokens."""
+        num_known_tokens = sequence.num_computed_tokens + sequence.num_pending_tokens
+        self.kv.grow(sequence.sequence_id, sequence.request_class, num_known_tokens)
+        restored = self.kv.restore(
+            sequence.sequence_id, sequence.num_computed_tokens, sequence.num_computed_tokens + num_tokens
+        )
+        num_copied = restored - sequence.num_computed_tokens
+        sequence.num_computed_tokens = restored
+        self._num_copied_tokens += num_copied
+        self.num_restored_tokens += num_copied
+
+    def checkpoint(self, sequence: Sequence, index: int) -> None:
+        """Copy a full block of the sequence to the host ahead of time."""
+        self.kv.checkpoint(sequence.sequence_id, index)
+        self._num_copied_tokens += self.kv.block_size

@@ -1,0 +1,172 @@
+"""Ranks that keep every slot's content and trust nothing, and the sequences that the scheduler's tests feed them."""
+
+from __future__ import annotations
+
+from bros_router.request import FinishReason, LatencyTargets, RequestClass
+from bros_router.scheduling.latency_model import LatencyModel
+from bros_router.scheduling.sequence import Sequence
+from bros_shard.block_layout import slot_of, slots_of
+from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult, StepShape, shape_of
+
+VOCAB_SIZE = 50
+
+
+class ExactModel(LatencyModel):
+    """Knows what a step takes: a floor, and something for each token, each context token and each copy."""
+
+    def __init__(
+        self, floor_s: float = 0.010, token_s: float = 0.001, context_token_s: float = 0.0, copy_s: float = 1e-5
+    ) -> None:
+        super().__init__()
+        self.floor_s, self.token_s, self.context_token_s, self.copy_s = floor_s, token_s, context_token_s, copy_s
+
+    def predict_s(self, shape: StepShape) -> float:
+        num_tokens = shape.num_prefill_tokens + shape.num_decode_sequences
+        return (
+            self.floor_s
+            + self.token_s * num_tokens
+            + self.context_token_s * shape.decode_context_tokens
+            + self.copy_s * shape.num_copied_tokens
+        )
+
+    def bound_s(self, shape: StepShape) -> float:
+        return self.predict_s(shape)
+
+    def largest_chunk(self, shape: StepShape, num_computed_tokens: int, limit: int, budget_s: float) -> int:
+        fitting = [
+            n for n in range(1, limit + 1) if self.predict_s(shape.with_sequence(num_computed_tokens, n)) <= budget_s
+        ]
+        return max(fitting, default=0)
+
+    def observe(self, shape: StepShape, seconds: float) -> None:
+        pass
+
+
+def sampled_token(seed: int, position: int) -> int:
+    """What the simulated model says: a function of the seed and the position alone, as the real sampler's."""
+    return (seed * 7919 + position * 104729) % VOCAB_SIZE
+
+
+class SimulatedRanks:
+    """Executes plans on a KV region and a host pool whose slots remember which token of which sequence they hold."""
+
+    def __init__(
+        self, block_size: int, generation: int = 0, num_host_blocks: int = 0, model: LatencyModel | None = None
+    ) -> None:
+        self.block_size = block_size
+        self.generation = generation
+        self.num_host_blocks = num_host_blocks
+        self.model = model or ExactModel()
+        self.next_step_id = 0
+        self.tokens: dict[int, list[int]] = {}
+        self.seeds: dict[int, int] = {}
+        self.capacities: dict[int, int] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.slots: dict[int, tuple[int, int] | None] = {}
+        self.host: dict[tuple[int, int], tuple[int, int] | None] = {}
+        #: (sequence, position) computed more than once.
+        self.num_recomputed_tokens = 0
+        self._computed: set[tuple[int, int]] = set()
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        assert (plan.generation, plan.step_id) == (self.generation, self.next_step_id)
+        self.next_step_id += 1
+        for sequence_id in plan.releases:
+            for state in (self.tokens, self.seeds, self.capacities, self.tables):
+                del state[sequence_id]
+        for new in plan.new_sequences:
+            assert new.sequence_id not in self.tokens
+            self.tokens[new.sequence_id] = list(new.token_ids)
+            self.seeds[new.sequence_id] = new.sampling.seed
+            self.capacities[new.sequence_id] = new.max_total_tokens
+            self.tables[new.sequence_id] = []
+        self._copy(plan)
+        assert len({step.sequence_id for step in plan.sequences}) == len(plan.sequences)
+        results = [self._run(step) for step in plan.sequences]
+        seconds = self.model.predict_s(shape_of(plan))
+        return StepResult(self.generation, plan.step_id, results, 0.0, 0.0, seconds, 0.0)
+
+    def _slots(self, entry: int, num_tokens: int) -> list[int]:
+        assert 1 <= num_tokens <= self.block_size
+        return [slot_of(entry, offset, self.block_size) for offset in range(num_tokens)]
+
+    def _copy(self, plan: StepPlan) -> None:
+        assert len({copy.host_block for copy in plan.copies_out}) == len(plan.copies_out), "a host block written twice"
+        for copy in (*plan.copies_out, *plan.copies_in):
+            assert 0 <= copy.host_block < self.num_host_blocks
+        for copy in plan.copies_out:
+            for offset, slot in enumerate(self._slots(copy.entry, copy.num_tokens)):
+                self.host[copy.host_block, offset] = self.slots.get(slot)
+        sources = [slot for move in plan.tail_moves for slot in self._slots(move.source_entry, move.num_tokens)]
+        targets = [slot for move in plan.tail_moves for slot in self._slots(move.destination_entry, move.num_tokens)]
+        assert len({*sources, *targets}) == 2 * len(sources), "a slot moves twice"
+        for source, target in zip(sources, targets, strict=True):
+            self.slots[target] = self.slots.get(source)
+            self.slots[source] = None
+        written: set[int] = set()
+        for copy in plan.copies_in:
+            for offset, slot in enumerate(self._slots(copy.entry, copy.num_tokens)):
+                assert slot not in written
+                written.add(slot)
+                self.slots[slot] = self.host[copy.host_block, offset]
+
+    def _run(self, step) -> SequenceResult:
+        sequence_id, table = step.sequence_id, self.tables[step.sequence_id]
+        assert step.first_changed_index <= len(table)
+        table[step.first_changed_index :] = step.entries
+        tokens = self.tokens[sequence_id]
+        stop = step.num_computed_tokens + step.num_tokens
+        assert stop <= len(tokens), "a token is to be computed that nobody knows"
+        slots = slots_of(table, 0, stop, self.block_size)
+        for position in range(step.num_computed_tokens, stop):
+            self.slots[slots[position]] = (sequence_id, position)
+            self.num_recomputed_tokens += (sequence_id, position) in self._computed
+            self._computed.add((sequence_id, position))
+        # Attention reads the whole context: every slot must still hold what this sequence put there.
+        assert [self.slots.get(slot) for slot in slots] == [(sequence_id, p) for p in range(stop)]
+        if stop < len(tokens):
+            return SequenceResult(sequence_id)
+        assert len(tokens) < self.capacities[sequence_id]
+        tokens.append(sampled_token(self.seeds[sequence_id], len(tokens)))
+        return SequenceResult(sequence_id, tokens[-1], -1.0)
+
+
+def make_sequence(
+    sequence_id: int,
+    num_prompt_tokens: int,
+    max_new_tokens: int,
+    *,
+    request_class: RequestClass = RequestClass.RT,
+    eos_token_ids: frozenset[int] = frozenset(),
+    arrival_s: float | None = None,
+    ttft_s: float = 1.0,
+    tpot_s: float = 0.1,
+    are_given: bool = True,
+) -> Sequence:
+    """A sequence whose output is known: its seed is its id."""
+    return Sequence(
+        sequence_id,
+        request_class,
+        tuple((sequence_id + i) % VOCAB_SIZE for i in range(num_prompt_tokens)),
+        SamplingParams(seed=sequence_id),
+        max_new_tokens,
+        eos_token_ids,
+        float(sequence_id) if arrival_s is None else arrival_s,
+        LatencyTargets(ttft_s, tpot_s, are_given) if request_class is RequestClass.RT else None,
+    )
+
+
+def expected_output(sequence: Sequence) -> tuple[list[int], FinishReason]:
+    """What the sequence must give, however it was scheduled."""
+    tokens: list[int] = []
+    while True:
+        tokens.append(sampled_token(sequence.sequence_id, sequence.num_prompt_tokens + len(tokens)))
+        if len(tokens) == sequence.max_new_tokens:
+            return tokens, FinishReason.LENGTH
+        if tokens[-1] in sequence.eos_token_ids:
+            return tokens, FinishReason.EOS_TOKEN
+
+
+def shapes(plan: StepPlan) -> list[tuple[int, int, int]]:
+    """(sequence, tokens computed before, tokens) of each part of a plan."""
+    return [(s.sequence_id, s.num_computed_tokens, s.num_tokens) for s in plan.sequences]

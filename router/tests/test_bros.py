@@ -1,0 +1,286 @@
+"""How the BROS policy decides a step: tables of what stands and what is planned.
+
+The model of time is exact: 10 ms a step and 1 ms a token, so a step of n tokens takes 10 + n ms.
+"""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bros_router.kv.kv_manager import KVManager, Preemption
+from bros_router.request import RequestClass
+from bros_router.scheduling.batch_cap import CapControl
+from bros_router.scheduling.deadlines import meets_targets
+from bros_router.scheduling.policies.bros import BrosOptions, BrosPolicy
+from bros_router.scheduling.policies.ordered import FirstComeFirstServed
+from bros_router.scheduling.scheduler import Scheduler
+from bros_router.scheduling.sequence import SequenceState
+from bros_router.scheduling.step_draft import SchedulerLimits
+from simulated_ranks import ExactModel, SimulatedRanks, expected_output, make_sequence, shapes
+
+RT, BE = RequestClass.RT, RequestClass.BE
+
+
+class Bench:
+    """A scheduler with its ranks and a clock that a step moves on by what it takes."""
+
+    def __init__(
+        self,
+        num_blocks: int = 1024,
+        max_batch_tokens: int = 512,
+        num_host_blocks: int = 16,
+        preemption: Preemption = Preemption.BIDIR,
+        policy=None,
+        **options,
+    ) -> None:
+        self.model = ExactModel()
+        self.kv = KVManager(num_blocks, 16, num_host_blocks, preemption)
+        limits = SchedulerLimits(max_batch_tokens, 256)
+        options.setdefault("cap_control", CapControl.OFF)
+        self.policy = policy or BrosPolicy(self.model, limits, BrosOptions(**options))
+        self.scheduler = Scheduler(self.policy, self.kv, self.model, limits)
+        self.ranks = SimulatedRanks(16, num_host_blocks=num_host_blocks, model=self.model)
+        self.now_s = 0.0
+        self.num_sequences = 0
+        self.predicted_misses = []
+
+    def add(self, request_class, num_prompt_tokens, max_new_tokens=100, **fields):
+        self.num_sequences += 1
+        fields.setdefault("arrival_s", self.now_s)
+        sequence = make_sequence(
+            self.num_sequences, num_prompt_tokens, max_new_tokens, request_class=request_class, **fields
+        )
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self):
+        """Plan, run and commit one step; returns the plan's (sequence, computed before, tokens)."""
+        plan = self.scheduler.plan(self.now_s)
+        if plan is None:
+            return None
+        result = self.ranks.execute(plan)
+        self.now_s += result.step_s
+        self.scheduler.commit(result, self.now_s)
+        self.kv.check_integrity()
+        return shapes(plan)
+
+    def run(self, num_steps=2000):
+        for _ in range(num_steps):
+            if self.step() is None:
+                return
+        raise AssertionError("it does not end")
+
+
+def test_real_time_alone_is_plain_chunked_prefill():
+    """Chunks fill the token budget and decodes join them, exactly as under first come, first served."""
+    plans = []
+    for policy in (None, FirstComeFirstServed()):
+        bench = Bench(max_batch_tokens=64, policy=policy)
+        for num_prompt_tokens in (100, 30, 50):
+            bench.add(RT, num_prompt_tokens, max_new_tokens=4, ttft_s=10.0, tpot_s=10.0)
+        plans.append([])
+        while (plan := bench.step()) is not None:
+            plans[-1].append(plan)
+    assert Counter(n for plan in plans[0] for _, _, n in plan if n > 1) == Counter(
+        n for plan in plans[1] for _, _, n in plan if n > 1
+    )
+    assert len(plans[0]) == len(plans[1])
+
+
+def test_best_effort_fills_the_time_that_a_decode_leaves():
+    bench = Bench(keeps_steps_short=False)
+    chat = bench.add(RT, 16, ttft_s=1.0, tpot_s=0.1)
+    bench.step()
+    bench.add(BE, 400)
+    # The next token is due 0.1 s after the first. 5 % are a guard: a step of 10 + 1 + 80 ms fits 95 ms.
+    assert bench.step() == [(chat.sequence_id, 16, 1), (2, 0, 80)]
+
+
+def test_step_with_best_effort_work_stays_short_for_the_request_that_may_come():
+    bench = Bench()
+    bench.add(RT, 90, max_new_tokens=1, ttft_s=0.4, tpot_s=1.0)
+    bench.step()
+    bench.add(BE, 400)
+    # A quarter of the 400 ms in which the next request may want its first token: 10 + 90 ms, in units of 16.
+    assert bench.step() == [(2, 0, 80)]
+
+
+def test_without_real_time_requests_best_effort_gets_the_whole_budget():
+    bench = Bench()
+    bench.add(BE, 400)
+    bench.add(BE, 400)
+    assert bench.step() == [(1, 0, 400), (2, 0, 112)]
+
+
+def test_waiting_prompts_go_by_latest_start_not_by_arrival():
+    bench = Bench(max_batch_tokens=64)
+    bench.add(RT, 64, ttft_s=5.0)
+    urgent = bench.add(RT, 64, ttft_s=0.3)
+    assert bench.step() == [(urgent.sequence_id, 0, 64)]
+
+
+def test_prompt_of_a_waiting_request_bounds_what_best_effort_may_add():
+    """It gets its first token in this step, by its deadline, so best-effort may use what is left until then."""
+    bench = Bench(keeps_steps_short=False)
+    bench.add(RT, 48, ttft_s=0.2)
+    bench.add(BE, 400)
+    assert bench.step() == [(1, 0, 48), (2, 0, 128)]  # 10 + 48 + 128 <= 190
+
+
+def test_request_that_cannot_meet_its_target_is_relegated_and_bounds_nobody():
+    bench = Bench(max_batch_tokens=64)
+    hopeless = bench.add(RT, 64, ttft_s=0.05, max_new_tokens=2)
+    good = bench.add(RT, 64, ttft_s=0.3, max_new_tokens=2)
+    assert bench.step() == [(good.sequence_id, 0, 64)]
+    assert hopeless.is_late and not good.is_late
+    bench.run()
+    assert hopeless.state is SequenceState.FINISHED
+    assert bench.scheduler.take_relegated() == [hopeless]
+
+
+def test_target_that_nobody_set_relegates_nobody():
+    bench = Bench(max_batch_tokens=64)
+    hopeless = bench.add(RT, 64, ttft_s=0.05, are_given=False)
+    bench.add(RT, 64, ttft_s=0.3, are_given=False)
+    bench.step()
+    assert not hopeless.is_late
+
+
+def test_burst_takes_the_newest_blocks_of_best_effort_and_gives_them_back():
+    bench = Bench(num_blocks=16, num_host_blocks=16, keeps_steps_short=False)
+    batch = [bench.add(BE, 100, max_new_tokens=30) for _ in range(2)]
+    for _ in range(3):
+        bench.step()
+    burst = [bench.add(RT, 60, max_new_tokens=20, ttft_s=1.0, tpot_s=0.2) for _ in range(3)]
+    bench.step()
+    assert all(bench.kv.num_owned_blocks(chat.sequence_id) == 4 for chat in burst)
+    assert bench.kv.num_owned_blocks(batch[0].sequence_id) > bench.kv.num_owned_blocks(batch[1].sequence_id)
+    bench.run()
+    assert bench.scheduler.counts.num_copied_out_tokens > 0
+    assert bench.scheduler.counts.num_restored_tokens > 0
+    for sequence in (*batch, *burst):
+        assert sequence.output_token_ids == expected_output(sequence)[0]
+    assert all(meets_targets(chat) for chat in burst)
+    assert bench.ranks.num_recomputed_tokens == 0  # a copy is a hundred times cheaper here
+
+
+def test_without_a_host_pool_what_was_taken_is_computed_anew():
+    bench = Bench(num_blocks=16, num_host_blocks=0)
+    batch = [bench.add(BE, 100, max_new_tokens=30) for _ in range(2)]
+    for _ in range(3):
+        bench.step()
+    bench.add(RT, 60, max_new_tokens=20)
+    bench.add(RT, 60, max_new_tokens=20)
+    bench.run()
+    assert bench.ranks.num_recomputed_tokens > 0
+    assert all(sequence.output_token_ids == expected_output(sequence)[0] for sequence in batch)
+
+
+def test_best_effort_never_takes_from_real_time():
+    bench = Bench(num_blocks=8)
+    chat = bench.add(RT, 100, max_new_tokens=20, ttft_s=10.0)
+    bench.step()
+    bench.add(BE, 60, max_new_tokens=4)
+    while chat.state is not SequenceState.FINISHED:
+        before = bench.kv.num_owned_blocks(chat.sequence_id)
+        bench.step()
+        assert chat.state is SequenceState.FINISHED or bench.kv.num_owned_blocks(chat.sequence_id) >= before
+    bench.run()
+
+
+def test_starving_best_effort_gets_a_token_now_and_then():
+    """Decodes that leave no time for anything else: without the floor it would wait for all of them."""
+    bench = Bench(be_max_wait_s=1.0)
+    for _ in range(30):
+        bench.add(RT, 16, max_new_tokens=400, ttft_s=5.0, tpot_s=0.039)  # 30 decodes take 40 ms
+    for _ in range(3):
+        bench.step()
+    starving = bench.add(BE, 16, max_new_tokens=8)
+    while starving.first_token_s is None and bench.now_s < 10.0:
+        bench.step()
+    assert starving.first_token_s is not None
+    assert starving.first_token_s - starving.arrival_s > 1.0
+
+
+def test_soft_floor_gives_nothing_while_targets_are_missed_and_a_hard_one_does():
+    first_token_s = {}
+    for is_hard in (False, True):
+        bench = Bench(be_max_wait_s=1.0, is_floor_hard=is_hard)
+        missed = bench.add(RT, 16, max_new_tokens=1, ttft_s=0.001)
+        bench.run()
+        assert missed.is_late
+        for _ in range(30):
+            bench.add(RT, 16, max_new_tokens=100, ttft_s=5.0, tpot_s=0.039)
+        for _ in range(3):
+            bench.step()
+        starving = bench.add(BE, 16, max_new_tokens=8)
+        bench.run()
+        first_token_s[is_hard] = starving.first_token_s - starving.arrival_s
+    assert first_token_s[True] < 2.0 < first_token_s[False]
+
+
+def test_long_prompt_advances_although_decodes_leave_no_time():
+    bench = Bench()
+    for _ in range(30):
+        bench.add(RT, 16, max_new_tokens=200, ttft_s=5.0, tpot_s=0.039)
+    for _ in range(3):
+        bench.step()
+    long = bench.add(RT, 64, max_new_tokens=2, ttft_s=1.0)
+    for _ in range(40):
+        bench.step()
+    assert long.first_token_s is not None
+
+
+@pytest.mark.parametrize("control", [CapControl.AIMD, CapControl.RESET])
+def test_cap_grows_while_nothing_is_held_back(control):
+    bench = Bench(cap_control=control)
+    bench.add(BE, 16, max_new_tokens=100)
+    bench.run()
+    assert bench.policy.cap.value > 128
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(16, 200), st.integers(1, 40), st.floats(0.0, 0.4)), min_size=1, max_size=12),
+    st.lists(st.tuples(st.integers(1, 300), st.integers(1, 40)), max_size=12),
+)
+def test_adding_best_effort_makes_no_feasible_real_time_request_miss(chats, batch):
+    """With enough memory and an exact model, whoever meets its targets alone meets them beside any batch.
+
+    A request that arrives while a step runs waits for its end: targets here leave room for that.
+    """
+
+    def attainment(with_batch):
+        bench = Bench(num_blocks=1024, max_batch_tokens=256)
+        for num_prompt_tokens, max_new_tokens in batch if with_batch else []:
+            bench.add(BE, num_prompt_tokens, max_new_tokens)
+        real_time, arrivals, arrival_s = [], [], 0.0
+        for num_prompt_tokens, max_new_tokens, gap_s in chats:
+            arrival_s += gap_s
+            arrivals.append((arrival_s, num_prompt_tokens, max_new_tokens))
+        while arrivals or any(chat.state is not SequenceState.FINISHED for chat in real_time):
+            while arrivals and arrivals[0][0] <= bench.now_s:
+                at_s, num_prompt_tokens, max_new_tokens = arrivals.pop(0)
+                real_time.append(
+                    bench.add(RT, num_prompt_tokens, max_new_tokens, arrival_s=at_s, ttft_s=2.0, tpot_s=0.2)
+                )
+            if bench.step() is None:
+                bench.now_s = arrivals[0][0]
+        return [meets_targets(chat) for chat in real_time]
+
+    alone, beside = attainment(False), attainment(True)
+    assert all(there or not here for here, there in zip(alone, beside, strict=True))
+
+
+def test_same_calls_give_the_same_plans():
+    plans = []
+    for _ in range(2):
+        bench = Bench(num_blocks=12)
+        plans.append([])
+        for number in range(60):
+            if number % 3 == 0:
+                bench.add(RT if number % 2 else BE, 20 + number, max_new_tokens=10)
+            plans[-1].append(bench.step())
+    assert plans[0] == plans[1]
