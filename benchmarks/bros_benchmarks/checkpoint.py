@@ -59,8 +59,3 @@ def make_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype = torch.bfloa
     words.save(str(path / "tokenizer.json"))
     (path / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 8192}))
     return path
-
-
-def prompt_of(token_ids: list[int]) -> str:
-    """The text that tokenises to these ids."""
-    return " ".join(f"w{token_id}" for token_id in token_ids)

@@ -1,4 +1,4 @@
-"""Sends streaming requests to a server and records when each token came."""
+"""Sends streaming requests all at once and records when each token came."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import aiohttp
 import numpy as np
 
-from bros_benchmarks.checkpoint import prompt_of
+from bros_benchmarks.client import encode_body, open_session, stream_tokens
+from bros_benchmarks.prompts import prompt_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,22 +54,20 @@ class Load:
 
 async def send_all(url: str, prompts: list[list[int]], num_new_tokens: int) -> Load:
     """Send every prompt at the same time and wait for the last token of each."""
-    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=600)) as session:
+    async with open_session() as session:
         start_s = time.perf_counter()
         timelines = await asyncio.gather(*(_stream(session, url, prompt, num_new_tokens) for prompt in prompts))
         return Load(timelines, time.perf_counter() - start_s)
 
 
 async def _stream(session: aiohttp.ClientSession, url: str, prompt: list[int], num_new_tokens: int) -> Timeline:
-    parameters = {"max_new_tokens": num_new_tokens, "ignore_eos": True}
-    sent_s = time.perf_counter()
-    token_s = []
-    async with session.post(
-        f"{url}/generate_stream", json={"inputs": prompt_of(prompt), "parameters": parameters}
-    ) as response:
-        async for line in response.content:
-            if line.startswith(b"data: "):
-                token_s.append(time.perf_counter())
-    if len(token_s) != num_new_tokens:
-        raise RuntimeError(f"{len(token_s)} of {num_new_tokens} tokens came: {line.decode()}")
-    return Timeline(sent_s, token_s)
+    timeline = Timeline(time.perf_counter(), [])
+    await stream_tokens(
+        session,
+        url,
+        encode_body(prompt_of(prompt), num_new_tokens),
+        lambda: timeline.token_s.append(time.perf_counter()),
+    )
+    if len(timeline.token_s) != num_new_tokens:
+        raise RuntimeError(f"{len(timeline.token_s)} of {num_new_tokens} tokens came")
+    return timeline

@@ -1,49 +1,80 @@
-"""How long planning and committing a step takes, alone: `python -m bros_benchmarks.scheduling`."""
+"""How long planning and committing a step takes, alone: `python -m bros_benchmarks.scheduling`.
+
+Half of the running sequences are real-time, half best-effort; so are those that wait. All of them decode.
+"""
 
 from __future__ import annotations
 
+import gc
 import time
 
 import numpy as np
 
 from bros_router.kv.kv_manager import KVManager
-from bros_router.request import RequestClass
-from bros_router.scheduling.policies import FirstComeFirstServed
-from bros_router.scheduling.scheduler import Scheduler, SchedulerLimits
+from bros_router.request import LatencyTargets, RequestClass
+from bros_router.scheduling.batch_cap import CapControl
+from bros_router.scheduling.latency_model import LatencyModel
+from bros_router.scheduling.policies.bros import BrosOptions
+from bros_router.scheduling.policies.registry import PolicyOptions, make_policy
+from bros_router.scheduling.scheduler import Scheduler
 from bros_router.scheduling.sequence import Sequence
-from bros_shard.protocol import SamplingParams, SequenceResult, StepResult
+from bros_router.scheduling.step_draft import SchedulerLimits
+from bros_shard.protocol import SamplingParams, SequenceResult, StepResult, StepShape
 
-NUM_STEPS = 300
-#: Steps that prefill, and fill caches.
-NUM_WARM_UP_STEPS = 50
+NUM_STEPS = 400
+#: Steps that prefill, fill caches and let the model settle.
+NUM_WARM_UP_STEPS = 100
+PROMPT = (1,) * 100
+STEP_S = 0.05
 
 
-def measure(num_running: int, num_waiting: int) -> tuple[list[float], list[float]]:
+def sequence(number: int, now_s: float) -> Sequence:
+    """Every other one is real-time, with targets that no step here misses."""
+    is_rt = number % 2 == 0
+    targets = LatencyTargets(ttft_s=1e6, tpot_s=1.0, are_given=True) if is_rt else None
+    request_class = RequestClass.RT if is_rt else RequestClass.BE
+    return Sequence(number, request_class, PROMPT, SamplingParams(), 2000, frozenset(), now_s, targets)
+
+
+def measure(policy_name: str, num_running: int, num_waiting: int) -> tuple[list[float], list[float]]:
     """Seconds of each plan and of each commit of decode steps."""
-    kv = KVManager(num_blocks=8192, block_size=64)
-    scheduler = Scheduler(FirstComeFirstServed(), kv, SchedulerLimits(4096, num_running))
-    for number in range(num_running + num_waiting):
-        prompt = (1,) * 100
-        scheduler.add(Sequence(number, RequestClass.RT, prompt, SamplingParams(), 1000, frozenset(), float(number)))
+    model = LatencyModel([(StepShape(num_decode_sequences=num_running, decode_context_tokens=num_running), STEP_S)])
+    limits = SchedulerLimits(4096, num_running)
+    options = PolicyOptions(bros=BrosOptions(cap_control=CapControl.OFF))
+    kv = KVManager(num_blocks=16384, block_size=64)
+    scheduler = Scheduler(make_policy(policy_name, model, limits, options), kv, model, limits)
+    now_s = 0.0
+    for number in range(num_running):
+        scheduler.add(sequence(number, now_s))
     plan_s, commit_s = [], []
-    for _ in range(NUM_STEPS):
+    for step in range(NUM_STEPS):
+        if step == NUM_WARM_UP_STEPS // 2:
+            for number in range(num_running, num_running + num_waiting):
+                scheduler.add(sequence(number, now_s))
+            gc.collect()
         start_s = time.perf_counter()
-        plan = scheduler.plan(0.0)
+        plan = scheduler.plan(now_s)
         plan_s.append(time.perf_counter() - start_s)
         assert plan is not None
-        results = [SequenceResult(step.sequence_id, 5, -1.0) for step in plan.sequences]
+        results = [SequenceResult(part.sequence_id, 5, -1.0) for part in plan.sequences]
+        now_s += STEP_S
         start_s = time.perf_counter()
-        scheduler.commit(StepResult(0, plan.step_id, results, 0.0, 0.0, 0.0, 0.0), 0.0)
+        scheduler.commit(StepResult(0, plan.step_id, results, 0.0, 0.0, STEP_S, 0.0), now_s)
         commit_s.append(time.perf_counter() - start_s)
     return plan_s[NUM_WARM_UP_STEPS:], commit_s[NUM_WARM_UP_STEPS:]
 
 
 def main() -> None:
     """Print percentiles."""
-    for num_running, num_waiting in ((32, 0), (256, 0), (256, 100_000)):
-        for name, seconds in zip(("plan", "commit"), measure(num_running, num_waiting), strict=True):
-            p50, p99 = np.percentile(seconds, [50, 99]) * 1e6
-            print(f"{num_running} running, {num_waiting} waiting: {name} p50 {p50:.0f} us, p99 {p99:.0f} us")
+    for policy_name in ("bros", "fcfs"):
+        for num_running, num_waiting in ((32, 0), (256, 0), (256, 1000), (256, 10_000), (256, 100_000)):
+            plan_s, commit_s = measure(policy_name, num_running, num_waiting)
+            line = f"{policy_name:5} {num_running:4} running, {num_waiting:7} waiting:"
+            both_s = [plan + commit for plan, commit in zip(plan_s, commit_s, strict=True)]
+            for name, seconds in (("plan", plan_s), ("commit", commit_s), ("both", both_s)):
+                p50, p99 = np.percentile(seconds, [50, 99]) * 1e6
+                line += f"  {name} p50 {p50:4.0f} p99 {p99:4.0f} us"
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

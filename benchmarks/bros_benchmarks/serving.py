@@ -8,14 +8,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +24,7 @@ from rich.table import Table
 
 from bros_benchmarks.checkpoint import SMOLLM2_135M, make_checkpoint
 from bros_benchmarks.load import Load, send_all
+from bros_benchmarks.server_under_test import ServerUnderTest
 
 NUM_NEW_TOKENS = 64
 CONCURRENCIES = (1, 8, 32)
@@ -42,37 +39,6 @@ class Round:
     serial_tokens_per_s: float
     #: Share of the busy time in which the rank waited for its next plan.
     idle_share: float
-
-
-class ServerUnderTest:
-    """The launcher as users start it, on a free port of the loopback."""
-
-    def __init__(self, model: Path, num_threads: int) -> None:
-        command = [
-            *(sys.executable, "-m", "bros_router", "serve", "--json-output", "--model-id", str(model)),
-            *("--hostname", "127.0.0.1", "--port", "0", "--cpu-threads", str(num_threads)),
-        ]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            fields = json.loads(line) if line.startswith("{") else {}
-            if fields.get("message") == "ready":
-                self.url: str = fields["url"]
-                return
-            print(line, end="", file=sys.stderr)
-        raise RuntimeError("the server did not start")
-
-    def stop(self) -> None:
-        """SIGTERM, and wait."""
-        self._process.terminate()
-        self._process.wait(60)
-
-    def busy_and_idle_s(self) -> tuple[float, ...]:
-        """Seconds the rank spent in steps, and between steps while there was work, since the start."""
-        with urllib.request.urlopen(f"{self.url}/metrics") as reply:
-            lines = reply.read().decode().splitlines()
-        values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        return tuple(float(values.get(f"bros_rank_{kind}_duration_sum", 0.0)) for kind in ("step", "idle"))
 
 
 class Baseline:
@@ -158,7 +124,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     model = make_checkpoint(SMOLLM2_135M, options.folder)
     baseline = Baseline(model)
-    server = ServerUnderTest(model, options.threads)
+    server = ServerUnderTest(model, options.threads, options.folder / "serving.log")
     rounds: dict[int, list[Round]] = {concurrency: [] for concurrency in CONCURRENCIES}
     try:
         with Progress() as progress:

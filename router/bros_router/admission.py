@@ -1,13 +1,35 @@
-"""Admission: how many requests may be inside the server at once."""
+"""Admission: how many requests may be inside the server at once, and on which terms one more is accepted."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from typing import Final
 
+from bros_router.request import (
+    Admission,
+    LatencyTargets,
+    OverloadedError,
+    RefusedError,
+    RequestClass,
+    Terms,
+    ValidRequest,
+)
+from bros_router.scheduling.demand import Demand
+from bros_router.scheduling.latency_model import LatencyModel
+from bros_shard.protocol import StepShape
 
-class OverloadedError(Exception):
-    """Every permit is taken."""
+#: Targets that nobody set are this many times what an idle server would need: "strict" in Sarathi-Serve's evaluation.
+_DEFAULT_SLOWDOWN: Final = 5.0
+#: The batch that a token's time is taken from, where nobody set it: large enough to be worth running.
+_DEFAULT_BATCH: Final = 32
+#: How far back the share of time that decoding takes is remembered: the length of a short reply.
+_DECODE_MEMORY_S: Final = 2.0
+#: Decoding never counts as all of the time, or nothing could be promised ever again.
+_MAX_DECODE_SHARE: Final = 0.95
 
 
 class Permits:
@@ -30,3 +52,198 @@ class Permits:
             yield
         finally:
             self._num_free += 1
+
+
+class AdmissionPolicy(str, Enum):
+    """What becomes of a request whose target cannot be met. Only targets that somebody set are judged."""
+
+    #: Accept it; the scheduler does its best.
+    QUEUE = "queue"
+    REJECT = "reject"
+    #: Accept it, to be served after those that can meet theirs.
+    DEGRADE = "degrade"
+    #: Accept it with the earliest target that can be met.
+    RELAX = "relax"
+
+
+def prefill_s(
+    latency_model: LatencyModel, num_prompt_tokens: int, max_batch_tokens: int, num_computed_tokens: int = 0
+) -> float:
+    """Expected seconds to prefill the rest of a prompt alone, in chunks of `max_batch_tokens`.
+
+    Time grows linearly with the context before a chunk, so full chunks take the mean of the first and the last.
+    """
+    num_chunks, num_rest = divmod(num_prompt_tokens - num_computed_tokens, max_batch_tokens)
+    seconds = 0.0
+    if num_chunks:
+        contexts = (num_computed_tokens, num_computed_tokens + (num_chunks - 1) * max_batch_tokens)
+        chunks = [StepShape().with_sequence(context, max_batch_tokens) for context in contexts]
+        seconds += num_chunks * sum(map(latency_model.predict_s, chunks)) / 2
+    if num_rest:
+        seconds += latency_model.predict_s(StepShape().with_sequence(num_prompt_tokens - num_rest, num_rest))
+    return seconds
+
+
+def default_targets(latency_model: LatencyModel, num_prompt_tokens: int, max_batch_tokens: int) -> LatencyTargets:
+    """Targets where nobody set any: a few times what this prompt takes on an idle server, and its tokens in a batch."""
+    batch = StepShape(
+        num_decode_sequences=_DEFAULT_BATCH, decode_context_tokens=_DEFAULT_BATCH * (num_prompt_tokens + 1)
+    )
+    return LatencyTargets(
+        ttft_s=_DEFAULT_SLOWDOWN * prefill_s(latency_model, num_prompt_tokens, max_batch_tokens),
+        tpot_s=_DEFAULT_SLOWDOWN * latency_model.predict_s(batch),
+        are_given=False,
+    )
+
+
+@dataclass(slots=True)
+class _Queued:
+    """A prompt that is not computed yet."""
+
+    request_class: RequestClass
+    num_prompt_tokens: int
+    num_left_tokens: int
+
+
+class AdmissionController:
+    """Judges requests, from what is queued and how long it takes. Pure: time is an argument.
+
+    The owner asks `judge`, then reports what became of the request: `accepted`, `progressed`, and `ended` or
+    `relegated`.
+    """
+
+    def __init__(
+        self,
+        latency_model: LatencyModel,
+        max_batch_tokens: int,
+        policy: AdmissionPolicy = AdmissionPolicy.QUEUE,
+        max_queued_tokens: Mapping[RequestClass, int] | None = None,
+    ) -> None:
+        """Begin with an empty queue.
+
+        Args:
+            max_batch_tokens: the token budget of a step.
+            max_queued_tokens: most prompt tokens of a class that wait to be computed; absent or 0: any number.
+        """
+        self._latency_model = latency_model
+        self._max_batch_tokens = max_batch_tokens
+        self._policy = policy
+        self._max_queued_tokens = dict(max_queued_tokens or {})
+        self._queued: dict[int, _Queued] = {}
+        self._num_queued_tokens = dict.fromkeys(RequestClass, 0)
+        #: Under `queue` nobody asks for it. Work is in seconds as the clock counts them, decoding included.
+        self._demand = None if policy is AdmissionPolicy.QUEUE else Demand()
+        self._decode_share = 0.0
+        self._decoded_s = -math.inf
+
+    def judge(self, request: ValidRequest, now_s: float) -> Terms:
+        """The terms on which a request that arrives now would be accepted. Changes nothing.
+
+        Raises:
+            OverloadedError: the queue of its class is full.
+            RefusedError: its target cannot be met, and the policy is `reject`.
+        """
+        self._check_queue(request)
+        if request.request_class is RequestClass.BE:
+            return Terms(RequestClass.BE)
+        targets = self._targets(request)
+        terms = Terms(RequestClass.RT, targets)
+        if self._demand is None or not targets.are_given:
+            return terms
+        work_s = self._work_s(len(request.prompt_token_ids), 0, now_s)
+        deadline_s = now_s + targets.ttft_s
+        earliest_s = self._demand.earliest_deadline_s(work_s, deadline_s, now_s)
+        if earliest_s <= deadline_s:
+            return terms
+        if self._policy is AdmissionPolicy.REJECT:
+            raise RefusedError(earliest_s - deadline_s)
+        if self._policy is AdmissionPolicy.DEGRADE:
+            return replace(terms, admission=Admission.DEGRADED)
+        relaxed = replace(targets, ttft_s=earliest_s - now_s)
+        return replace(terms, targets=relaxed, admission=Admission.RELAXED)
+
+    def accepted(self, sequence_id: int, request: ValidRequest, terms: Terms, now_s: float) -> None:
+        """A request was queued on these terms."""
+        num_tokens = len(request.prompt_token_ids)
+        self._queued[sequence_id] = _Queued(request.request_class, num_tokens, num_tokens)
+        self._num_queued_tokens[request.request_class] += num_tokens
+        if self._demand is not None and terms.targets is not None and not terms.is_degraded:
+            self._demand.put(
+                sequence_id,
+                self._work_s(num_tokens, 0, now_s),
+                now_s + terms.targets.ttft_s,
+                is_binding=terms.targets.are_given,
+                now_s=now_s,
+            )
+
+    def progressed(self, sequence_id: int, num_computed_tokens: int, now_s: float) -> None:
+        """So many tokens of a sequence are computed: more than before, or none where it was preempted.
+
+        Once the prompt is computed, the sequence waits no more; later calls say nothing.
+        """
+        queued = self._queued.get(sequence_id)
+        if queued is None:
+            return
+        if num_computed_tokens >= queued.num_prompt_tokens:
+            self.ended(sequence_id)
+            return
+        num_left = queued.num_prompt_tokens - num_computed_tokens
+        self._num_queued_tokens[queued.request_class] += num_left - queued.num_left_tokens
+        queued.num_left_tokens = num_left
+        if self._demand is not None and sequence_id in self._demand:
+            self._demand.change(sequence_id, self._work_s(queued.num_prompt_tokens, num_computed_tokens, now_s))
+
+    def relegated(self, sequence_id: int) -> None:
+        """A sequence can no longer meet its target: others go first, so it takes nothing from them."""
+        if self._demand is not None:
+            self._demand.remove(sequence_id)
+
+    def ended(self, sequence_id: int) -> None:
+        """A sequence ended, whatever the reason."""
+        self.relegated(sequence_id)
+        queued = self._queued.pop(sequence_id, None)
+        if queued is not None:
+            self._num_queued_tokens[queued.request_class] -= queued.num_left_tokens
+
+    def decoded(self, rt_decode_s: float, now_s: float) -> None:
+        """A step ended; its real-time decoding alone took `rt_decode_s`. The time since the last step had no other."""
+        period_s = now_s - self._decoded_s
+        remembered = math.exp(-period_s / _DECODE_MEMORY_S)
+        share = min(1.0, rt_decode_s / period_s) if period_s > 0.0 else 0.0
+        self._decode_share = remembered * self._decode_share + (1.0 - remembered) * share
+        self._decoded_s = now_s
+
+    def drain_s(self, request_class: RequestClass, now_s: float) -> float:
+        """Predicted seconds until the prompts that wait now are computed; best-effort ones wait for real-time ones."""
+        num_tokens = self._num_queued_tokens[RequestClass.RT]
+        if request_class is RequestClass.BE:
+            num_tokens += self._num_queued_tokens[RequestClass.BE]
+        step = StepShape().with_sequence(0, self._max_batch_tokens)
+        per_token_s = self._latency_model.bound_s(step) / self._max_batch_tokens
+        return num_tokens * per_token_s / (1.0 - self._share(now_s))
+
+    def _check_queue(self, request: ValidRequest) -> None:
+        """A queue that is empty takes any prompt, or the longest could never be served."""
+        limit = self._max_queued_tokens.get(request.request_class)
+        num_queued = self._num_queued_tokens[request.request_class]
+        if limit and num_queued and num_queued + len(request.prompt_token_ids) > limit:
+            raise OverloadedError
+
+    def _targets(self, request: ValidRequest) -> LatencyTargets:
+        """Those that were set, and the default of the other. They count as given where it is the TTFT that was."""
+        targets = default_targets(self._latency_model, len(request.prompt_token_ids), self._max_batch_tokens)
+        return LatencyTargets(
+            ttft_s=targets.ttft_s if request.ttft_s is None else request.ttft_s,
+            tpot_s=targets.tpot_s if request.tpot_s is None else request.tpot_s,
+            are_given=request.ttft_s is not None,
+        )
+
+    def _work_s(self, num_prompt_tokens: int, num_computed_tokens: int, now_s: float) -> float:
+        """Seconds until a prompt is computed, were it alone with the sequences that decode."""
+        alone_s = prefill_s(self._latency_model, num_prompt_tokens, self._max_batch_tokens, num_computed_tokens)
+        return self._latency_model.margin * alone_s / (1.0 - self._share(now_s))
+
+    def _share(self, now_s: float) -> float:
+        """Share of the time that real-time decoding takes; forgotten while nothing runs."""
+        forgotten = math.exp(-max(0.0, now_s - self._decoded_s) / _DECODE_MEMORY_S)
+        return min(_MAX_DECODE_SHARE, forgotten * self._decode_share)

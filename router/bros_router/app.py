@@ -18,6 +18,7 @@ from bros_router.api.call import API, Api, Timeouts
 from bros_router.api.validation import Validator
 from bros_router.config import ApiConfig
 from bros_router.metrics import Metrics
+from bros_router.request import RequestClass
 from bros_router.service import Service
 
 #: Routes that need the API key, where there is one: path to method to handler.
@@ -68,7 +69,10 @@ def create_app(
         service=service,
         metrics=metrics,
         validator=validator,
-        permits=Permits(config.max_concurrent_requests),
+        permits={
+            RequestClass.RT: Permits(config.max_concurrent_requests),
+            RequestClass.BE: Permits(config.max_concurrent_be_requests),
+        },
         timeouts=timeouts or Timeouts(),
     )
     _add_routes(app, config.api_key)

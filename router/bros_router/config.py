@@ -103,7 +103,30 @@ class HubConfig:
 class ApiConfig:
     """What the HTTP side may accept."""
 
-    max_concurrent_requests: int = flag(128, "Requests queued or running; more are answered 429.", minimum=1)
+    #: Real-time requests alone: a batch dump never makes a chat answer 429.
+    max_concurrent_requests: int = flag(128, "Real-time requests queued or running; more are answered 429.", minimum=1)
+    #: Many times what a step holds: clients may leave a whole batch in the queue, where the scheduler sees it.
+    max_concurrent_be_requests: int = flag(
+        4096, "Best-effort requests queued or running; more are answered 429.", minimum=1, is_ours=True
+    )
+    default_class: str = flag(
+        "rt",
+        "Class of requests that name none: rt (real-time) or be (best-effort).",
+        choices=("rt", "be"),
+        is_ours=True,
+    )
+    slo_ttft_ms: float | None = flag(
+        None,
+        "Target of real-time requests that name none: milliseconds to the first token.",
+        minimum=0.001,
+        is_ours=True,
+    )
+    slo_tpot_ms: float | None = flag(
+        None,
+        "Target of real-time requests that name none: milliseconds a token after the first.",
+        minimum=0.001,
+        is_ours=True,
+    )
     max_best_of: int = flag(2, "Largest best_of.", minimum=1)
     max_stop_sequences: int = flag(4, "Most stop sequences of a request.", minimum=0)
     max_top_n_tokens: int = flag(5, "Largest top_n_tokens.", minimum=0)
@@ -157,6 +180,80 @@ class BatchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SchedulingConfig:
+    """What runs first, what gives way, and what is accepted at all."""
+
+    scheduler: str = flag(
+        "bros",
+        "Policy; all but bros are there to compare with.",
+        choices=("bros", "bros-paper", "fcfs", "tgi", "priority", "edf", "rr", "static"),
+        is_ours=True,
+    )
+    admission_policy: str = flag(
+        "queue",
+        "What becomes of a real-time request whose target cannot be met: accepted all the same, answered 429,"
+        " accepted as late, or accepted with the earliest target that can be met.",
+        choices=("queue", "reject", "degrade", "relax"),
+        is_ours=True,
+    )
+    #: 0: no limit beyond that of the requests, which is TGI's.
+    max_queued_rt_tokens: int = flag(
+        0,
+        "Prompt tokens of real-time requests that may wait; what is more is answered 429.",
+        minimum=1,
+        is_ours=True,
+        default_text="no limit",
+    )
+    #: A token takes some 40 bytes of the router while it waits.
+    max_queued_be_tokens: int = flag(
+        4_000_000,
+        "Prompt tokens of best-effort requests that may wait; what is more is answered 429.",
+        minimum=1,
+        is_ours=True,
+    )
+    kv_preemption: str = flag(
+        "bidir",
+        "How best-effort requests give up KV cache: recompute drops all of it, block takes single blocks and keeps"
+        " copies, bidir also lets both classes share blocks.",
+        choices=("recompute", "block", "bidir"),
+        is_ours=True,
+    )
+    batch_size_control: str = flag(
+        "aimd",
+        "How the most sequences of a step follow the load: not at all, as in the BROS paper, or in smaller steps.",
+        choices=("off", "reset", "aimd"),
+        is_ours=True,
+    )
+    be_max_wait_s: float = flag(
+        30.0,
+        "Seconds after which a best-effort request that got no token is given one.",
+        minimum=0.0,
+        is_ours=True,
+    )
+    be_floor: str = flag(
+        "soft",
+        "Whether that holds while real-time requests miss their targets: soft, no; hard, yes.",
+        choices=("soft", "hard"),
+        is_ours=True,
+    )
+    static_be_requests: int = flag(
+        8, "Best-effort requests that --scheduler static runs at once.", minimum=0, is_ours=True
+    )
+    priority_preemption: str = flag(
+        "kv",
+        "When --scheduler priority preempts: when KV cache runs out, or also when a step is full.",
+        choices=("kv", "full"),
+        is_ours=True,
+    )
+    profile_grid: str = flag(
+        "quick",
+        "How closely step times are measured at the start, unless they are known from before.",
+        choices=("quick", "full"),
+        is_ours=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RankConfig:
     """The processes that run the model, and what each may take of the machine."""
 
@@ -186,6 +283,16 @@ class RankConfig:
     #: 0: no limit.
     kv_slots_limit: int = flag(
         0, "Most tokens that the KV cache holds.", minimum=1, is_ours=True, default_text="no limit"
+    )
+    #: Bytes over all ranks; 0: as much as the KV cache, but at most a quarter of the free memory.
+    kv_host_memory_bytes: int = flag(
+        0,
+        "Host memory for KV cache that best-effort requests give up, such as 2GiB.",
+        name="kv-host-memory",
+        is_bytes=True,
+        minimum=1,
+        is_ours=True,
+        default_text="as much as the KV cache, at most a quarter of the free memory",
     )
     block_size: int = flag(64, "Tokens in a block of the KV cache: a power of two from 16 to 256.", is_ours=True)
     #: 0: the cores divided by the ranks.
@@ -235,6 +342,7 @@ class ServerConfig:
     hub: HubConfig = field(default_factory=HubConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
+    scheduling: SchedulingConfig = field(default_factory=SchedulingConfig)
     ranks: RankConfig = field(default_factory=RankConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -247,6 +355,7 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("model", "Model", ModelConfig),
     ("hub", "Hub", HubConfig),
     ("batch", "Tokens and batches", BatchConfig),
+    ("scheduling", "Scheduling", SchedulingConfig),
     ("ranks", "Ranks and memory", RankConfig),
     ("http", "Server", HttpConfig),
     ("api", "Requests", ApiConfig),

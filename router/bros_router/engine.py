@@ -1,4 +1,8 @@
-"""The step loop: plan, send, commit, stream. It joins the pure scheduler to the ranks and to the clients."""
+"""The step loop: plan, send, commit, stream. It joins the pure scheduler to the ranks and to the clients.
+
+Two steps are in flight while there is work: the next one is planned shortly before the one that runs is predicted to
+end, so the ranks never wait for Python and a request that comes late still joins the next step.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +11,34 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
+from typing import Final
 
 import structlog
 
+from bros_router.admission import AdmissionController
 from bros_router.kv.kv_manager import KVManager
 from bros_router.metrics import Method, Metrics
+from bros_router.planning_guard import PlanningGuard
 from bros_router.request import (
+    DeadlineError,
     Finish,
     FinishReason,
     GenerationError,
     RequestClass,
     ServiceUnavailableError,
+    Terms,
     Token,
     TokenEvent,
     ValidRequest,
 )
-from bros_router.scheduling.scheduler import Outcome, Scheduler
+from bros_router.scheduling.deadlines import met_targets
+from bros_router.scheduling.latency_model import LatencyModel
+from bros_router.scheduling.scheduler import Outcome, Scheduler, StepInFlight
 from bros_router.scheduling.sequence import Sequence
 from bros_router.shard_client import ShardError, ShardGroup
 from bros_router.stop_sequences import StopSequences
 from bros_router.tokenizer import Detokenizer, Tokenizer
-from bros_shard.protocol import StepPlan
+from bros_shard.protocol import StepPlan, StepResult
 
 log = structlog.get_logger()
 
@@ -35,8 +46,13 @@ log = structlog.get_logger()
 class Reply:
     """One accepted request's reply (`bros_router.request.Generation`): filled by the engine, read by a handler."""
 
-    def __init__(self, engine: StepEngine, request: ValidRequest, sequence: Sequence, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, engine: StepEngine, request: ValidRequest, terms: Terms, sequence: Sequence, tokenizer: Tokenizer
+    ) -> None:
         self.sequence = sequence
+        self.terms = terms
+        #: What ends the reply at the deadline that the client gave.
+        self.expiry: asyncio.TimerHandle | None = None
         self.request_id = request.request_id
         self.detokenizer: Detokenizer = tokenizer.detokenizer(request.prompt_token_ids)
         self.stop_sequences = StopSequences(request.stop_sequences)
@@ -97,16 +113,42 @@ class EngineModel:
     vocab_size: int
 
 
+#: One runs, one waits for it on the ranks. More would only shut out requests that arrive late.
+_MAX_STEPS_IN_FLIGHT: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class _SentStep:
+    """A step that the ranks have, or had until its result came."""
+
+    plan: StepPlan
+    method: Method
+    sent_s: float
+    planned: StepInFlight
+    result: asyncio.Future[StepResult]
+    #: The ranks had nothing to do before it, so that they waited for it says nothing.
+    is_resuming: bool
+
+
 class StepEngine:
-    """Runs one group of ranks, one step after the other, for as long as there is work.
+    """Runs one group of ranks, step after step, for as long as there is work.
 
     All methods belong to the event loop's thread.
     """
 
     def __init__(
-        self, scheduler: Scheduler, kv: KVManager, shards: ShardGroup, model: EngineModel, metrics: Metrics
+        self,
+        scheduler: Scheduler,
+        kv: KVManager,
+        latency_model: LatencyModel,
+        admission: AdmissionController,
+        shards: ShardGroup,
+        model: EngineModel,
+        metrics: Metrics,
     ) -> None:
         self._scheduler = scheduler
+        self._latency_model = latency_model
+        self._admission = admission
         self._kv = kv
         self._shards = shards
         self._model = model
@@ -114,7 +156,11 @@ class StepEngine:
         self._replies: dict[int, Reply] = {}
         self._next_sequence_id = 0
         self._is_accepting = True
-        self._work = asyncio.Event()
+        self._in_flight: deque[_SentStep] = deque()
+        self._guard = PlanningGuard()
+        self._wakeup = asyncio.Event()
+        #: The next step is the first after a time without work.
+        self._is_resuming = True
         self._is_idle = asyncio.Event()
         self._is_idle.set()
 
@@ -133,40 +179,53 @@ class StepEngine:
 
         Raises:
             ServiceUnavailableError: nothing is accepted now.
+            OverloadedError: the queue of its class is full.
+            RefusedError: its target cannot be met, and the operator wants such requests refused.
         """
         if not self._is_accepting:
             raise ServiceUnavailableError
+        now_s = time.monotonic()
+        terms = self._admission.judge(request, now_s)
         sequence = Sequence(
             sequence_id=self._next_sequence_id,
-            request_class=request.request_class,
+            request_class=terms.request_class,
             prompt_token_ids=request.prompt_token_ids,
             sampling=request.sampling,
             max_new_tokens=request.max_new_tokens,
             eos_token_ids=frozenset() if request.ignore_eos else self._model.eos_token_ids,
-            arrival_s=time.monotonic(),
+            arrival_s=now_s,
+            targets=terms.targets,
+            is_late=terms.is_degraded,
         )
         self._next_sequence_id += 1
-        reply = Reply(self, request, sequence, self._model.tokenizer)
+        reply = Reply(self, request, terms, sequence, self._model.tokenizer)
         self._replies[sequence.sequence_id] = reply
+        self._admission.accepted(sequence.sequence_id, request, terms, now_s)
         self._scheduler.add(sequence)
+        if request.deadline_s is not None:
+            reply.expiry = asyncio.get_running_loop().call_later(request.deadline_s, self._expire, reply)
         self._is_idle.clear()
-        self._work.set()
+        self._wakeup.set()
         return reply
+
+    def drain_s(self, request_class: RequestClass) -> float:
+        """Predicted seconds until what waits in a class now has begun."""
+        return self._admission.drain_s(request_class, time.monotonic())
 
     def abandon(self, reply: Reply) -> None:
         """The client is gone: end its sequence. Its blocks are free for the next plan."""
-        if self._replies.pop(reply.sequence.sequence_id, None) is None:
+        if reply.sequence.sequence_id not in self._replies:
             return
-        self._scheduler.finish(reply.sequence)
+        self._end(reply)
         self._metrics.request_failed("dropped")
+        self._metrics.request_ended(reply.sequence.request_class, "dropped")
         log.info("request dropped by its client", request_id=reply.request_id)
-        self._note_idle()
-        self._work.set()  # the ranks are still to forget it
+        self._wakeup.set()  # the ranks are still to forget it
 
     def fail_all(self, message: str) -> None:
         """End every accepted request with an error: there is nobody left to serve them."""
         for reply in [*self._replies.values()]:
-            self._fail(reply, message)
+            self._fail(reply, GenerationError(message))
 
     def stop_accepting(self) -> None:
         """From now on `submit` refuses; what was accepted goes on."""
@@ -179,7 +238,10 @@ class StepEngine:
     def restart(self, generation: int) -> None:
         """The ranks were replaced: go on with every accepted request from the tokens its client has."""
         self._scheduler.restart(generation)
-        self._work.set()
+        now_s = time.monotonic()
+        for sequence_id in self._replies:
+            self._admission.progressed(sequence_id, 0, now_s)
+        self._wakeup.set()
 
     async def run(self) -> None:
         """Run steps until the group fails.
@@ -187,20 +249,57 @@ class StepEngine:
         Raises:
             ShardError: the group failed. The accepted requests are unharmed and wait for `restart` or `fail_all`.
         """
-        follows_a_step = False
-        while True:
-            plan = self._scheduler.plan(time.monotonic())
-            self._observe_queue()
-            if plan is not None:
-                await self._step(plan, follows_a_step)
-                follows_a_step = True
-                continue
-            self._metrics.engine_idle()
-            self._work.clear()
-            await self._work.wait()
-            follows_a_step = False
+        try:
+            while True:
+                await self._advance()
+        finally:
+            self._in_flight.clear()
 
-    async def _step(self, plan: StepPlan, follows_a_step: bool) -> None:
+    async def _advance(self) -> None:
+        """Take in a result, or send a plan, or wait for a reason to do either."""
+        if self._in_flight and self._in_flight[0].result.done():
+            self._commit(self._in_flight.popleft())
+            await asyncio.sleep(0)  # the clients' turn
+            return
+        due_s = self._next_plan_due_s()
+        now_s = time.monotonic()
+        if due_s is not None and due_s <= now_s:
+            if await self._plan(now_s):
+                return
+            due_s = None  # there is nothing to plan before something happens
+            if not self._in_flight:
+                self._metrics.engine_idle()
+                self._is_resuming = True
+        await self._wait(due_s)
+
+    async def _wait(self, until_s: float | None) -> None:
+        """Wait for a result, a request, one that is gone, or the time."""
+        self._wakeup.clear()
+        loop = asyncio.get_running_loop()
+        timer = None if until_s is None else loop.call_later(until_s - time.monotonic(), self._wakeup.set)
+        await self._wakeup.wait()
+        if timer is not None:
+            timer.cancel()
+
+    def _next_plan_due_s(self) -> float | None:
+        """When the next step is to be planned; `None` while two are in flight."""
+        if not self._in_flight:
+            return 0.0
+        if len(self._in_flight) == _MAX_STEPS_IN_FLIGHT:
+            return None
+        return self._scheduler.free_at_s(time.monotonic()) - self._guard.seconds
+
+    async def _plan(self, now_s: float) -> bool:
+        """Plan a step and send it. Returns whether there was one."""
+        plan = self._scheduler.plan(now_s)
+        relegated = self._scheduler.take_relegated()
+        for sequence in relegated:
+            self._admission.relegated(sequence.sequence_id)
+        if relegated:
+            self._metrics.sequences_relegated(len(relegated))
+        self._observe_queue()
+        if plan is None:
+            return False
         method = _method_of(plan)
         self._metrics.step_sent(
             method,
@@ -208,21 +307,40 @@ class StepEngine:
             num_new_sequences=len(plan.new_sequences),
             max_tokens=self._scheduler.max_running_tokens,
         )
-        sent_s = time.monotonic()
         try:
-            await self._shards.send(plan)
-            result = await self._shards.result(plan.step_id)
+            result = await self._shards.send(plan)
         except ShardError:
             self._metrics.step_failed(method)
             raise
+        result.add_done_callback(lambda _: self._wakeup.set())
+        planned = self._scheduler.last_step
+        assert planned is not None
+        self._observe_plan(plan, planned)
+        self._in_flight.append(_SentStep(plan, method, now_s, planned, result, self._is_resuming))
+        self._is_resuming = False
+        return True
+
+    def _commit(self, step: _SentStep) -> None:
+        try:
+            result = step.result.result()
+        except ShardError:
+            self._metrics.step_failed(step.method)
+            raise
         now_s = time.monotonic()
+        for part in step.plan.sequences:
+            if part.num_tokens > 1:
+                self._admission.progressed(part.sequence_id, part.num_computed_tokens + part.num_tokens, now_s)
+        self._admission.decoded(step.planned.rt_decode_s, now_s)
         for outcome in self._scheduler.commit(result, now_s):
             self._stream(outcome, now_s)
         self._metrics.step_finished(
-            method, total_s=now_s - sent_s, forward_s=result.forward_s, sampling_s=result.sampling_s
+            step.method, total_s=now_s - step.sent_s, forward_s=result.forward_s, sampling_s=result.sampling_s
         )
-        self._metrics.rank_worked(result.step_s, result.idle_s if follows_a_step else None)
-        self._note_idle()
+        if result.step_s > 0.0 and step.plan.sequences:
+            self._metrics.step_predicted(step.planned.predicted_s, result.step_s, self._latency_model.margin)
+        self._metrics.rank_worked(result.step_s, None if step.is_resuming else result.idle_s)
+        if not step.is_resuming:
+            self._guard.note_wait(result.idle_s)
 
     def _stream(self, outcome: Outcome, now_s: float) -> None:
         """Turn an outcome into the event that the client gets."""
@@ -230,7 +348,7 @@ class StepEngine:
         reply = self._replies[sequence.sequence_id]
         if outcome.token_id is None or outcome.token_id >= self._model.vocab_size:
             log.error("sequence fault", request_id=reply.request_id, fault=outcome.fault)
-            self._fail(reply, "the model gave no valid token")
+            self._fail(reply, GenerationError("the model gave no valid token"))
             return
         text = reply.detokenizer.step(outcome.token_id)
         token = Token(outcome.token_id, text, outcome.logprob, self._model.tokenizer.is_special(outcome.token_id))
@@ -245,8 +363,8 @@ class StepEngine:
 
     def _finish(self, reply: Reply, reason: FinishReason, now_s: float) -> Finish:
         sequence = reply.sequence
-        self._scheduler.finish(sequence)
-        del self._replies[sequence.sequence_id]
+        self._end(reply, is_complete=True)
+        self._judge_targets(sequence, is_complete=True)
         assert sequence.first_scheduled_s is not None
         return Finish(
             reason,
@@ -256,11 +374,27 @@ class StepEngine:
             now_s,
         )
 
-    def _fail(self, reply: Reply, message: str) -> None:
-        self._scheduler.finish(reply.sequence)
-        del self._replies[reply.sequence.sequence_id]
-        reply.fail(GenerationError(message))
-        self._note_idle()
+    def _fail(self, reply: Reply, error: GenerationError) -> None:
+        self._end(reply)
+        self._judge_targets(reply.sequence, is_complete=False)
+        reply.fail(error)
+
+    def _expire(self, reply: Reply) -> None:
+        """The deadline that the client gave has passed."""
+        log.info("request expired", request_id=reply.request_id)
+        self._fail(reply, DeadlineError(has_run=reply.sequence.first_scheduled_s is not None))
+        self._wakeup.set()
+
+    def _end(self, reply: Reply, *, is_complete: bool = False) -> None:
+        """The one exit of a request: what it held is free, and nobody waits for it any more."""
+        sequence = reply.sequence
+        if reply.expiry is not None:
+            reply.expiry.cancel()
+        self._scheduler.finish(sequence, is_complete=is_complete)
+        self._admission.ended(sequence.sequence_id)
+        del self._replies[sequence.sequence_id]
+        if not self._replies:
+            self._is_idle.set()
 
     def _observe_token(self, reply: Reply, now_s: float) -> None:
         sequence = reply.sequence
@@ -270,17 +404,33 @@ class StepEngine:
             self._metrics.observe_inter_token(sequence.request_class, now_s - reply.last_token_s)
         reply.last_token_s = now_s
 
+    def _judge_targets(self, sequence: Sequence, *, is_complete: bool) -> None:
+        """Count whether targets that somebody set were met; an error meets none."""
+        if sequence.targets is not None and sequence.targets.are_given:
+            is_ttft_met, is_tpot_met = met_targets(sequence) if is_complete else (False, False)
+            self._metrics.targets_judged(is_ttft_met=is_ttft_met, is_tpot_met=is_tpot_met)
+
+    def _observe_plan(self, plan: StepPlan, planned: StepInFlight) -> None:
+        self._metrics.set_batch_cap(planned.max_num_sequences)
+        for request_class in RequestClass:
+            num_victims = sum(victim is request_class for victim in planned.victims.values())
+            if num_victims:
+                self._metrics.sequences_preempted(request_class, num_victims)
+        if plan.copies_out:
+            self._metrics.blocks_copied("out", len(plan.copies_out))
+        if plan.copies_in:
+            self._metrics.blocks_copied("in", len(plan.copies_in))
+
     def _observe_queue(self) -> None:
         self._metrics.set_queue_size(self._scheduler.num_waiting)
+        for request_class in RequestClass:
+            num_running, num_waiting = self._scheduler.num_sequences(request_class)
+            self._metrics.set_sequences(request_class, num_running=num_running, num_waiting=num_waiting)
         self._metrics.set_kv_blocks(
             rt=self._kv.num_used_blocks(RequestClass.RT),
             be=self._kv.num_used_blocks(RequestClass.BE),
             free=self._kv.num_free_blocks,
         )
-
-    def _note_idle(self) -> None:
-        if not self._replies:
-            self._is_idle.set()
 
 
 def _method_of(plan: StepPlan) -> Method:

@@ -6,12 +6,16 @@ from typing import Final, Literal, TypeAlias
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from bros_router.request import RequestClass
+from bros_router.request import Admission, RequestClass
 
-#: How a request may end badly.
+#: How a request may end badly; `deadline`, `unavailable` and `internal` are ours.
 Failure: TypeAlias = Literal[
-    "validation", "overloaded", "generation", "incomplete", "dropped", "unavailable", "internal"
+    "validation", "overloaded", "generation", "incomplete", "dropped", "deadline", "unavailable", "internal"
 ]
+#: How a request may end.
+Outcome: TypeAlias = Literal["success"] | Failure
+#: Where copied blocks went: to the host pool, or back to the KV region.
+CopyDirection: TypeAlias = Literal["out", "in"]
 #: A step that has any prefill in it counts as `prefill`.
 Method: TypeAlias = Literal["prefill", "decode"]
 
@@ -23,6 +27,7 @@ _TTFT_BUCKETS: Final = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2
 _INTER_TOKEN_BUCKETS: Final = (
     0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0,
 )  # fmt: skip
+_ERROR_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
 
 
 class Metrics:
@@ -65,17 +70,25 @@ class Metrics:
         self._forward_duration = self._duration("tgi_batch_forward_duration", "Forward pass", "method")
         self._sampling_duration = self._duration("tgi_batch_decode_duration", "Choosing the tokens", "method")
 
-        self._ttft = self._latency(
-            "bros_time_to_first_token_seconds", "From arrival in the queue to the first token", _TTFT_BUCKETS
-        )
-        self._inter_token = self._latency(
-            "bros_inter_token_latency_seconds", "Between two tokens of a reply", _INTER_TOKEN_BUCKETS
-        )
+        self._classes = _ClassSeries(self._registry)
         self._kv_blocks = Gauge("bros_kv_blocks", "KV blocks by owner", ["owner"], registry=self._registry)
+        self._copied_blocks = self._counter(
+            "bros_kv_blocks_copied_total", "KV blocks copied to the host and back, by direction", "direction"
+        )
         self._rank_step = self._duration("bros_rank_step_duration", "A step on rank 0, from plan to result")
         self._rank_idle = self._duration(
             "bros_rank_idle_duration", "Rank 0 between a result and the next plan, while there was work"
         )
+        self._step_error = Histogram(
+            "bros_step_prediction_error",
+            "How far the predicted time of a step is off, as a share of its time",
+            buckets=_ERROR_BUCKETS,
+            registry=self._registry,
+        )
+        self._step_margin = self._gauge(
+            "bros_step_prediction_margin", "What predicted step times are multiplied by before deadlines are judged"
+        )
+        self._batch_cap = self._gauge("bros_batch_cap", "Most sequences that a step may hold now")
         self._frames_dropped = self._counter(
             "bros_frames_dropped_total", "Frames from ranks that were not used, by reason", "reason"
         )
@@ -118,6 +131,50 @@ class Metrics:
         """A request ended without its last token."""
         self._request_failure.labels(failure).inc()
 
+    def request_ended(self, request_class: RequestClass, outcome: Outcome) -> None:
+        """A request ended: told by class, which TGI's series do not know."""
+        self._classes.requests.labels(request_class.value, outcome).inc()
+
+    def request_admitted(self, request_class: RequestClass, admission: Admission) -> None:
+        """A request was accepted, on these terms."""
+        self._classes.admissions.labels(request_class.value, admission.value).inc()
+
+    def request_refused(self, request_class: RequestClass) -> None:
+        """A request was refused, since its target could not be met."""
+        self._classes.admissions.labels(request_class.value, "refused").inc()
+
+    def targets_judged(self, *, is_ttft_met: bool, is_tpot_met: bool) -> None:
+        """A real-time request whose targets were given has ended; one that was refused has missed both.
+
+        Args:
+            is_tpot_met: true of a reply that has only one token.
+        """
+        for target, is_met in (
+            ("ttft", is_ttft_met),
+            ("tpot", is_tpot_met),
+            ("both", is_ttft_met and is_tpot_met),
+        ):
+            self._classes.targets.labels(target, "met" if is_met else "missed").inc()
+
+    # --- sequences, as the engine sees them
+
+    def set_sequences(self, request_class: RequestClass, *, num_running: int, num_waiting: int) -> None:
+        """How many sequences of a class own KV, and how many wait."""
+        self._classes.sequences.labels(request_class.value, "running").set(num_running)
+        self._classes.sequences.labels(request_class.value, "waiting").set(num_waiting)
+
+    def sequences_relegated(self, num_sequences: int) -> None:
+        """Real-time sequences can no longer meet their targets, and go after those that can."""
+        self._classes.relegations.inc(num_sequences)
+
+    def sequences_preempted(self, request_class: RequestClass, num_sequences: int) -> None:
+        """Sequences of a class lost KV to others."""
+        self._classes.preemptions.labels(request_class.value).inc(num_sequences)
+
+    def blocks_copied(self, direction: CopyDirection, num_blocks: int) -> None:
+        """KV blocks were copied to the host pool, or back from it."""
+        self._copied_blocks.labels(direction).inc(num_blocks)
+
     # --- steps, as the engine sees them
 
     def step_sent(self, method: Method, *, num_sequences: int, num_new_sequences: int, max_tokens: int) -> None:
@@ -146,6 +203,18 @@ class Metrics:
         if idle_s is not None:
             self._rank_idle.observe(idle_s)
 
+    def step_predicted(self, predicted_s: float, actual_s: float, margin: float) -> None:
+        """A step took `actual_s`, which is positive; the latency model had said `predicted_s`.
+
+        The mean of the errors, sum by count, is the model's mean absolute percentage error.
+        """
+        self._step_error.observe(abs(predicted_s - actual_s) / actual_s)
+        self._step_margin.set(margin)
+
+    def set_batch_cap(self, num_sequences: int) -> None:
+        """Most sequences that the next step may hold."""
+        self._batch_cap.set(num_sequences)
+
     def step_failed(self, method: Method) -> None:
         """A step was lost: its ranks are gone."""
         self._step_failure.labels(method).inc()
@@ -167,11 +236,11 @@ class Metrics:
 
     def observe_ttft(self, request_class: RequestClass, seconds: float) -> None:
         """A sequence got its first token this long after it was queued."""
-        self._ttft.labels(request_class.value).observe(seconds)
+        self._classes.ttft.labels(request_class.value).observe(seconds)
 
     def observe_inter_token(self, request_class: RequestClass, seconds: float) -> None:
         """A sequence got a token this long after the one before."""
-        self._inter_token.labels(request_class.value).observe(seconds)
+        self._classes.inter_token.labels(request_class.value).observe(seconds)
 
     def frame_dropped(self, reason: str) -> None:
         """A frame from a rank was not used. `reason` comes from a small fixed set."""
@@ -208,8 +277,51 @@ class Metrics:
     def _duration(self, name: str, help: str, *labels: str) -> Histogram:
         return Histogram(name, f"{help}, in seconds", labels, buckets=_DURATION_BUCKETS, registry=self._registry)
 
-    def _latency(self, name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, help, ["class"], buckets=buckets, registry=self._registry)
+
+class _ClassSeries:
+    """Our own series about requests, by class."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.ttft = Histogram(
+            "bros_time_to_first_token_seconds",
+            "From arrival in the queue to the first token, in seconds",
+            ["class"],
+            buckets=_TTFT_BUCKETS,
+            registry=registry,
+        )
+        self.inter_token = Histogram(
+            "bros_inter_token_latency_seconds",
+            "Between two tokens of a reply, in seconds",
+            ["class"],
+            buckets=_INTER_TOKEN_BUCKETS,
+            registry=registry,
+        )
+        self.requests = Counter(
+            "bros_requests_total", "Requests by class and how they ended", ["class", "outcome"], registry=registry
+        )
+        self.admissions = Counter(
+            "bros_admissions_total",
+            "Requests by class and what admission made of them",
+            ["class", "admission"],
+            registry=registry,
+        )
+        self.targets = Counter(
+            "bros_targets_total",
+            "Real-time requests with given targets: which they met and which they missed",
+            ["target", "outcome"],
+            registry=registry,
+        )
+        self.sequences = Gauge(
+            "bros_sequences", "Sequences by class, and whether they own KV", ["class", "state"], registry=registry
+        )
+        self.relegations = Counter(
+            "bros_relegations_total",
+            "Real-time sequences put after those that can meet their targets",
+            registry=registry,
+        )
+        self.preemptions = Counter(
+            "bros_preemptions_total", "Times that a sequence lost KV to another, by class", ["class"], registry=registry
+        )
 
 
 class _LengthHistograms:

@@ -27,10 +27,20 @@ def rank_options(config: ServerConfig, files: ModelFiles, endpoint: str) -> Shar
         block_size=ranks.block_size,
         kv_memory_bytes=ranks.kv_cache_memory_bytes // ranks.num_shard,
         kv_slots_limit=ranks.kv_slots_limit,
+        host_memory_bytes=_host_memory_bytes(config),
         gpu_memory_fraction=ranks.cuda_memory_fraction,
         max_length=config.batch.max_total_tokens or 0,
         max_batch_tokens=config.batch.max_batch_prefill_tokens,
+        profile_grid=config.scheduling.profile_grid,
         rope_scaling=model.rope_scaling or "",
         rope_factor=model.rope_factor or 1.0,
         num_threads=ranks.cpu_threads,
     )
+
+
+def _host_memory_bytes(config: ServerConfig) -> int:
+    """What each rank's host pool may take; 0: it sees for itself, -1: there is none, since nothing would be copied."""
+    if config.scheduling.kv_preemption == "recompute":
+        return -1
+    # Rounded up, since 0 would say something else.
+    return -(-config.ranks.kv_host_memory_bytes // config.ranks.num_shard)

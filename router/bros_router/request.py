@@ -27,6 +27,19 @@ class FinishReason(str, Enum):
 
 
 @dataclass(frozen=True, slots=True)
+class LatencyTargets:
+    """How soon a real-time request wants its tokens."""
+
+    #: From arrival to the first token.
+    ttft_s: float
+    #: Mean time between two tokens after the first.
+    tpot_s: float
+    #: Whether the client or the operator set them. Targets that nobody set only order the work: nothing is refused,
+    #: or put last, because it would miss them.
+    are_given: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ValidRequest:
     """A request that passed every rule of the contract. Only this type can be queued."""
 
@@ -40,6 +53,36 @@ class ValidRequest:
     #: An extension to TGI: go on past the end-of-sequence token (benchmarks with forced lengths).
     ignore_eos: bool = False
     request_class: RequestClass = RequestClass.RT
+    #: Targets of a real-time request, as the client or else the operator set them; `None`: nobody did.
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+    #: Seconds from arrival after which nobody wants the reply any more; `None`: any time is fine.
+    deadline_s: float | None = None
+
+
+class Admission(str, Enum):
+    """What admission made of a request that it accepted."""
+
+    AS_ASKED = "as_asked"
+    #: Its target cannot be met: it is served after those that can meet theirs.
+    DEGRADED = "degraded"
+    #: Its target could not be met, and is now the earliest that can.
+    RELAXED = "relaxed"
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How an accepted request will be served."""
+
+    request_class: RequestClass
+    #: `None` where nobody waits for the reply: best-effort.
+    targets: LatencyTargets | None = None
+    admission: Admission = Admission.AS_ASKED
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether the request is late from the beginning."""
+        return self.admission is Admission.DEGRADED
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +122,30 @@ class GenerationError(Exception):
     """The engine could not finish an accepted request. The message is public: it names no internals."""
 
 
+class DeadlineError(GenerationError):
+    """The deadline that the client gave has passed; nobody wants the reply any more."""
+
+    def __init__(self, *, has_run: bool) -> None:
+        """`has_run`: whether any step computed a token of the request."""
+        super().__init__("the deadline has passed")
+        self.has_run = has_run
+
+
 class ServiceUnavailableError(Exception):
     """The engine takes no new requests now (starting, restarting, draining)."""
+
+
+class OverloadedError(Exception):
+    """There is no room for another request of this class: every permit is taken, or the queue is full."""
+
+
+class RefusedError(Exception):
+    """The target that the client or the operator set cannot be met."""
+
+    def __init__(self, retry_after_s: float) -> None:
+        """`retry_after_s`: predicted seconds until it could be."""
+        super().__init__(f"the target cannot be met for {retry_after_s:.3f} s")
+        self.retry_after_s = retry_after_s
 
 
 class Generation(Protocol):
@@ -91,6 +156,11 @@ class Generation(Protocol):
 
     Iteration ends after the event that carries `finish`; it raises `GenerationError` where there will be none.
     """
+
+    @property
+    def terms(self) -> Terms:
+        """What the request was accepted on."""
+        ...
 
     def __enter__(self) -> Generation: ...
 
@@ -109,7 +179,13 @@ class Engine(Protocol):
 
         Raises:
             ServiceUnavailableError: nothing is accepted now.
+            OverloadedError: the queue of its class is full.
+            RefusedError: its target cannot be met, and the operator wants such requests refused.
         """
+        ...
+
+    def drain_s(self, request_class: RequestClass) -> float:
+        """Predicted seconds until what waits in a class now has begun: when to try again after an overload."""
         ...
 
     @property

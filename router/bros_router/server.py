@@ -13,20 +13,26 @@ from typing import Final
 import structlog
 from aiohttp import web
 
+from bros_router.admission import AdmissionController, AdmissionPolicy
 from bros_router.app import create_app, create_runner
 from bros_router.breaker import Breaker
 from bros_router.config import ServerConfig
 from bros_router.engine import EngineModel, StepEngine
-from bros_router.kv.kv_manager import KVManager
+from bros_router.kv.kv_manager import KVManager, Preemption
 from bros_router.logs import log_rank_line
 from bros_router.metrics import Metrics
 from bros_router.model_source import ModelFiles, resolve_model
 from bros_router.progress import StartupProgress
 from bros_router.rank_group import RankGroup
 from bros_router.rank_options import rank_options
+from bros_router.request import RequestClass
 from bros_router.runtime_dir import RuntimeDir, runtime_dir
-from bros_router.scheduling.policies import FirstComeFirstServed
-from bros_router.scheduling.scheduler import Scheduler, SchedulerLimits, StepMismatchError
+from bros_router.scheduling.batch_cap import CapControl
+from bros_router.scheduling.latency_model import LatencyModel
+from bros_router.scheduling.policies.bros import BrosOptions
+from bros_router.scheduling.policies.registry import PolicyOptions, make_policy, preemption_of
+from bros_router.scheduling.scheduler import Scheduler, StepMismatchError
+from bros_router.scheduling.step_draft import SchedulerLimits
 from bros_router.service import Phase, ServedModel, Service
 from bros_router.shard_client import GroupInfo, ShardError, ShardGroup
 from bros_router.startup_error import UsageError
@@ -138,7 +144,7 @@ class Server:
             except ShardError as error:
                 raise await ranks.startup_error(error) from None
             model = served_model(self._config, files, info.hello)
-            engine = self._make_engine(shards, model, info.hello)
+            engine = make_engine(self._config, shards, model, info, self._metrics)
             self._service.model, self._service.engine, self._engine = model, engine, engine
             self._progress.close()
             self._enter(Phase.READY)
@@ -147,14 +153,6 @@ class Server:
                 await self._run_steps(engine, ranks)
             finally:
                 engine.fail_all("the server is shutting down")
-
-    def _make_engine(self, shards: ShardGroup, model: ServedModel, hello: Hello) -> StepEngine:
-        batch = self._config.batch
-        kv = KVManager(hello.num_blocks, hello.block_size)
-        limits = SchedulerLimits(batch.max_batch_prefill_tokens, batch.max_batch_size)
-        scheduler = Scheduler(FirstComeFirstServed(), kv, limits, shards.generation)
-        engine_model = EngineModel(model.tokenizer, model.eos_token_ids, hello.vocab_size)
-        return StepEngine(scheduler, kv, shards, engine_model, self._metrics)
 
     async def _run_steps(self, engine: StepEngine, ranks: RankGroup) -> None:
         """Run steps for ever, on new ranks whenever the old ones failed."""
@@ -211,6 +209,38 @@ class Server:
             max_batch_prefill_tokens=self._config.batch.max_batch_prefill_tokens,
         )
         log.info("ready", url=self._url, model=model.model_id, dtype=hello.dtype, ranks=hello.world_size)
+
+
+def make_engine(
+    config: ServerConfig, shards: ShardGroup, model: ServedModel, info: GroupInfo, metrics: Metrics
+) -> StepEngine:
+    """The scheduler with its policy, memory and model of time, and the engine that runs it."""
+    hello, batch, scheduling = info.hello, config.batch, config.scheduling
+    options = PolicyOptions(
+        bros=BrosOptions(
+            cap_control=CapControl(scheduling.batch_size_control),
+            be_max_wait_s=scheduling.be_max_wait_s,
+            is_floor_hard=scheduling.be_floor == "hard",
+        ),
+        preemption=Preemption(scheduling.kv_preemption),
+        static_be_requests=scheduling.static_be_requests,
+        priority_preempts_when_full=scheduling.priority_preemption == "full",
+    )
+    kv = KVManager(
+        hello.num_blocks, hello.block_size, hello.num_host_blocks, preemption_of(scheduling.scheduler, options)
+    )
+    limits = SchedulerLimits(batch.max_batch_prefill_tokens, batch.max_batch_size)
+    latency_model = LatencyModel(info.profile.points)
+    policy = make_policy(scheduling.scheduler, latency_model, limits, options)
+    scheduler = Scheduler(policy, kv, latency_model, limits, shards.generation)
+    admission = AdmissionController(
+        latency_model,
+        limits.max_batch_tokens,
+        AdmissionPolicy(scheduling.admission_policy),
+        {RequestClass.RT: scheduling.max_queued_rt_tokens, RequestClass.BE: scheduling.max_queued_be_tokens},
+    )
+    engine_model = EngineModel(model.tokenizer, model.eos_token_ids, hello.vocab_size)
+    return StepEngine(scheduler, kv, latency_model, admission, shards, engine_model, metrics)
 
 
 def url_of(listener: socket) -> str:

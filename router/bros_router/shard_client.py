@@ -138,26 +138,17 @@ class ShardGroup:
         """
         return await self._state.ready
 
-    async def send(self, plan: StepPlan) -> None:
-        """Send one plan to every rank.
+    async def send(self, plan: StepPlan) -> asyncio.Future[StepResult]:
+        """Send one plan to every rank. Returns the result to come, or `ShardError` if the generation fails first.
 
         Raises:
             ShardError: the generation has failed, or a rank is gone.
         """
         assert plan.generation == self.generation
-        self._state.due[plan.step_id] = _quiet_future()
+        future: asyncio.Future[StepResult] = _quiet_future()
+        self._state.due[plan.step_id] = future
         await self._broadcast(plan)
-
-    async def result(self, step_id: int) -> StepResult:
-        """Wait for the result of a step that was sent.
-
-        Raises:
-            ShardError: the generation failed first.
-        """
-        try:
-            return await self._state.due[step_id]
-        finally:
-            del self._state.due[step_id]
+        return future
 
     async def shut_down(self) -> None:
         """Tell the ranks to end. Those that are gone already are no error."""
@@ -216,8 +207,8 @@ class ShardGroup:
     def _handle(self, rank: int, message: FromRank) -> None:
         match message:
             case StepResult():
-                future = self._state.due.get(message.step_id)
-                if rank != 0 or future is None or future.done():
+                future = self._state.due.pop(message.step_id, None) if rank == 0 else None
+                if future is None or future.done():
                     self._drop("unexpected", f"result of step {message.step_id} from rank {rank}")
                 else:
                     future.set_result(message)

@@ -1,6 +1,7 @@
 """What the tests of the HTTP side share: small real tokenizers, an engine that plays a script, a server on a socket."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,13 +12,16 @@ from aiohttp.test_utils import TestClient, TestServer
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from bros_router.admission import AdmissionController
 from bros_router.api.call import Timeouts
 from bros_router.app import create_app, create_runner
 from bros_router.config import ApiConfig
 from bros_router.metrics import Metrics
-from bros_router.request import Finish, FinishReason, Token, TokenEvent, ValidRequest
+from bros_router.request import Finish, FinishReason, RequestClass, Terms, Token, TokenEvent, ValidRequest
+from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.service import Phase, ServedModel, Service
 from bros_router.tokenizer import Tokenizer
+from bros_shard.protocol import StepShape
 
 BOS_ID, EOS_ID = 0, 1
 
@@ -67,11 +71,31 @@ def _saved(tokenizer: FastTokenizer, folder: Path) -> Tokenizer:
     return Tokenizer(path)
 
 
+class AffineModel(LatencyModel):
+    """A latency model that is known and does not learn: a second a step, a hundredth a token."""
+
+    margin = 1.0
+
+    def predict_s(self, shape: StepShape) -> float:
+        return 1.0 + 0.01 * (shape.num_prefill_tokens + shape.num_decode_sequences)
+
+    def bound_s(self, shape: StepShape) -> float:
+        return self.margin * self.predict_s(shape)
+
+
+@pytest.fixture
+def latency_model() -> AffineModel:
+    """A second a step, a hundredth a token; its margin may be set."""
+    return AffineModel()
+
+
 class ScriptedGeneration:
     """One reply of the scripted engine."""
 
-    def __init__(self, engine: "ScriptedEngine") -> None:
+    def __init__(self, engine: "ScriptedEngine", sequence_id: int, terms: Terms) -> None:
+        self.terms = terms
         self._engine = engine
+        self._sequence_id = sequence_id
 
     def __enter__(self) -> "ScriptedGeneration":
         self._engine.num_running += 1
@@ -80,6 +104,7 @@ class ScriptedGeneration:
 
     def __exit__(self, *_: object) -> None:
         self._engine.num_running -= 1
+        self._engine.admission.ended(self._sequence_id)
         self._engine.ended.set()
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
@@ -96,13 +121,15 @@ class ScriptedGeneration:
 class ScriptedEngine:
     """The engine's side of the seam: answers every request with the same script.
 
-    An event in the script is sent, an `asyncio.Event` waited for, an exception raised.
+    An event in the script is sent, an `asyncio.Event` waited for, an exception raised. Admission is the real one, over
+    a latency model that is known; nothing that was admitted is ever computed.
     """
 
     script: Iterable[TokenEvent | asyncio.Event | Exception]
     is_healthy: bool = True
     #: Raised by the next `submit`.
     refusal: Exception | None = None
+    admission: AdmissionController = field(default_factory=lambda: AdmissionController(AffineModel(), 512))
     requests: list[ValidRequest] = field(default_factory=list)
     num_running: int = 0
     #: A generation was entered, and left.
@@ -112,8 +139,15 @@ class ScriptedEngine:
     def submit(self, request: ValidRequest) -> ScriptedGeneration:
         if self.refusal is not None:
             raise self.refusal
+        now_s = time.monotonic()
+        terms = self.admission.judge(request, now_s)
+        sequence_id = len(self.requests)
+        self.admission.accepted(sequence_id, request, terms, now_s)
         self.requests.append(request)
-        return ScriptedGeneration(self)
+        return ScriptedGeneration(self, sequence_id, terms)
+
+    def drain_s(self, request_class: RequestClass) -> float:
+        return self.admission.drain_s(request_class, time.monotonic())
 
 
 def reply_of(*texts: str, reason: FinishReason = FinishReason.LENGTH) -> list[TokenEvent]:

@@ -5,8 +5,9 @@ import json
 
 import pytest
 
+from bros_router.admission import AdmissionController, AdmissionPolicy
 from bros_router.config import ApiConfig
-from bros_router.request import FinishReason, GenerationError, ServiceUnavailableError
+from bros_router.request import DeadlineError, FinishReason, GenerationError, RequestClass, ServiceUnavailableError
 from bros_router.service import Phase
 
 INFERENCE = ["/", "/generate", "/generate_stream"]
@@ -448,7 +449,7 @@ async def test_permits_are_never_waited_for_and_always_given_back(serve, reply_o
         refused = await server.client.post("/generate", json={"inputs": "", "parameters": {"top_k": 0}})
         assert refused.status == 429
         assert await refused.read() == b'{"error":"Model is overloaded","error_type":"overloaded"}'
-        assert "retry-after" not in refused.headers
+        assert refused.headers["retry-after"] == "1"
         in_band = await server.client.post("/generate_stream", json={"inputs": "x"})
         assert in_band.status == 200
         assert await in_band.read() == b'data: {"error":"Model is overloaded","error_type":"overloaded"}\n\n'
@@ -457,6 +458,155 @@ async def test_permits_are_never_waited_for_and_always_given_back(serve, reply_o
     assert 'tgi_request_failure{err="overloaded"} 4.0' in await server.metric_lines()
     assert (await server.client.post("/generate", json={"inputs": ""})).status == 422
     assert (await server.client.post("/generate", json={"inputs": "x"})).status == 200
+
+
+async def test_permits_are_counted_by_class(serve, reply_of):
+    """A batch dump never makes a chat answer 429, nor the other way round."""
+    server = await serve(ApiConfig(max_concurrent_requests=2, max_concurrent_be_requests=200))
+    go_on = asyncio.Event()
+    server.engine.script = [go_on, *reply_of("Hello")]
+    for request_class, other, num_permits in (("be", "rt", 200), ("rt", "be", 2)):
+        go_on.clear()
+        num_before = len(server.engine.requests)
+        running = [asyncio.create_task(exchange(server, request_class)) for _ in range(num_permits)]
+        await until(lambda num=num_before + num_permits: len(server.engine.requests) == num)
+        refused = await post(server, request_class)
+        assert (refused.status, (await refused.json())["error_type"]) == (429, "overloaded")
+        running.append(asyncio.create_task(exchange(server, other)))
+        await until(lambda num=num_before + num_permits + 1: len(server.engine.requests) == num)
+        go_on.set()
+        assert {answer.split(b"\r\n")[0] for answer in await asyncio.gather(*running)} == {b"HTTP/1.1 200 OK"}
+    lines = await server.metric_lines()
+    assert 'bros_requests_total{class="be",outcome="success"} 201.0' in lines
+    assert 'bros_requests_total{class="be",outcome="overloaded"} 1.0' in lines
+    assert 'bros_requests_total{class="rt",outcome="success"} 3.0' in lines
+    assert 'bros_requests_total{class="rt",outcome="overloaded"} 1.0' in lines
+    assert 'bros_admissions_total{class="be",admission="as_asked"} 201.0' in lines
+
+
+async def post(server, request_class="rt", path="/generate", **headers):
+    headers = {name.replace("_", "-"): value for name, value in headers.items()}
+    return await server.client.post(path, json={"inputs": "x"}, headers={"x-request-class": request_class, **headers})
+
+
+async def exchange(server, request_class):
+    """A request on a connection of its own: the library's client opens no more than a hundred."""
+    return await server.exchange(
+        f"POST /generate HTTP/1.1\r\nHost: x\r\nConnection: close\r\nX-Request-Class: {request_class}\r\n"
+        'Content-Type: application/json\r\nContent-Length: 14\r\n\r\n{"inputs":"x"}'.encode()
+    )
+
+
+async def until(is_true):
+    async def poll():
+        while not is_true():
+            await asyncio.sleep(0)
+
+    await asyncio.wait_for(poll(), 10)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+async def test_a_full_queue_is_an_overload_that_says_when_to_come_again(serve, latency_model, path):
+    server = await serve()
+    # A token a step, so that each of a prompt's two tokens takes a little more than a second.
+    bounds = {RequestClass.BE: 3}
+    server.engine.admission = AdmissionController(latency_model, 1, AdmissionPolicy.QUEUE, bounds)
+    go_on = asyncio.Event()
+    server.engine.script = [go_on]
+    first = asyncio.create_task(post(server, "be"))
+    await server.engine.started.wait()
+    refused = await post(server, "be", path)
+    assert (await refused.read()).removeprefix(b"data: ").rstrip() == (
+        b'{"error":"Model is overloaded","error_type":"overloaded"}'
+    )
+    assert refused.status == (429 if path == "/generate" else 200)
+    assert refused.headers["retry-after"] == "3"
+    go_on.set()
+    await first
+
+
+POLICIES = [*AdmissionPolicy]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+async def test_a_target_that_cannot_be_met(serve, latency_model, path, policy):
+    """One prompt takes more than a second on this engine, and a millisecond is asked for."""
+    server = await serve()
+    server.engine.admission = AdmissionController(latency_model, 512, policy)
+    response = await post(server, path=path, x_slo_ttft_ms="1", x_slo_tpot_ms="20")
+    shown = {name: response.headers.get(name) for name in ("x-admission", "x-slo-ttft-ms", "x-slo-tpot-ms")}
+    lines = await server.metric_lines()
+    if policy is AdmissionPolicy.REJECT:
+        assert response.status == (429 if path == "/generate" else 200)
+        assert (await response.read()).removeprefix(b"data: ").rstrip() == (
+            b'{"error":"Model is overloaded: the latency target cannot be met","error_type":"overloaded",'
+            b'"code":"slo_infeasible"}'
+        )
+        assert response.headers["retry-after"] == "2"
+        assert set(shown.values()) == {None}
+        assert server.engine.requests == []
+        assert 'bros_admissions_total{class="rt",admission="refused"} 1.0' in lines
+        assert 'bros_targets_total{target="both",outcome="missed"} 1.0' in lines
+        assert 'tgi_request_failure{err="overloaded"} 1.0' in lines
+        return
+    assert response.status == 200
+    assert "retry-after" not in response.headers
+    assert shown["x-slo-tpot-ms"] == "20"
+    if policy is AdmissionPolicy.RELAX:
+        assert 1000 < float(shown["x-slo-ttft-ms"]) < 1100
+        assert shown["x-admission"] == "relaxed"
+    else:
+        assert shown["x-slo-ttft-ms"] == "1"
+        assert shown["x-admission"] == ("degraded" if policy is AdmissionPolicy.DEGRADE else None)
+    assert f'bros_admissions_total{{class="rt",admission="{shown["x-admission"] or "as_asked"}"}} 1.0' in lines
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+async def test_who_names_no_target_is_always_accepted(serve, latency_model, policy):
+    server = await serve()
+    server.engine.admission = AdmissionController(latency_model, 512, policy)
+    for headers in ({}, {"x-request-class": "be", "x-slo-ttft-ms": "1"}, {"x-slo-tpot-ms": "0.001"}):
+        response = await server.client.post("/generate", json={"inputs": "x"}, headers=headers)
+        assert response.status == 200
+        assert "x-admission" not in response.headers
+        assert "x-slo-ttft-ms" not in response.headers
+
+
+@pytest.mark.parametrize(
+    ("has_run", "status", "error"),
+    [
+        (
+            False,
+            429,
+            {
+                "error": "Model is overloaded: the deadline passed before the request could run",
+                "error_type": "overloaded",
+                "code": "deadline_exceeded",
+            },
+        ),
+        (
+            True,
+            424,
+            {
+                "error": "Request failed during generation: the deadline has passed",
+                "error_type": "generation",
+                "code": "deadline_exceeded",
+            },
+        ),
+    ],
+)
+async def test_a_deadline_that_passes(serve, has_run, status, error):
+    server = await serve()
+    server.engine.script = [DeadlineError(has_run=has_run)]
+    response = await post(server, "be", x_request_deadline_ms="50")
+    assert (response.status, await response.json()) == (status, error)
+    assert ("retry-after" in response.headers) is not has_run
+    stream = await post(server, "be", "/generate_stream", x_request_deadline_ms="50")
+    assert (stream.status, await stream.text()) == (200, f"data: {json.dumps(error, separators=(',', ':'))}\n\n")
+    lines = await server.metric_lines()
+    assert 'tgi_request_failure{err="deadline"} 2.0' in lines
+    assert 'bros_requests_total{class="be",outcome="deadline"} 2.0' in lines
 
 
 async def test_a_client_that_leaves_ends_its_generation_and_gives_its_permit_back(serve, reply_of):

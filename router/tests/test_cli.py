@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 from bros_router import cli
 from bros_router.cli import Invocation, invocation
-from bros_router.config import ServerConfig
+from bros_router.config import SchedulingConfig, ServerConfig
 from bros_router.host import Host
 
 GIB = 1024**3
@@ -53,7 +53,7 @@ def test_nothing_given_is_a_server_with_the_demo_model():
     config = parse().config
     assert config.model.model_id is None
     assert (config.http.hostname, config.http.port) == ("0.0.0.0", 3000)
-    assert config.api == ServerConfig().api
+    assert (config.api, config.scheduling) == (ServerConfig().api, ServerConfig().scheduling)
 
 
 def test_flags_of_a_tgi_deployment():
@@ -79,6 +79,33 @@ def test_flags_of_a_tgi_deployment():
     assert (config.hub.cache_dir, config.model.tokenizer_config_path) == (Path("/data"), Path("/t.json"))
     assert config.log.json_output
     assert asked.warnings == ()
+
+
+def test_flags_of_a_server_for_both_classes():
+    config = parse(
+        *("--default-class", "be", "--slo-ttft-ms", "400", "--slo-tpot-ms", "0.5"),
+        *("--max-concurrent-be-requests", "9", "--max-queued-rt-tokens", "100", "--max-queued-be-tokens", "200"),
+        *("--scheduler", "edf", "--admission-policy", "relax", "--batch-size-control", "off"),
+        *("--kv-preemption", "block", "--kv-host-memory", "1GiB", "--be-max-wait-s", "0", "--be-floor", "hard"),
+        *("--static-be-requests", "3", "--priority-preemption", "full", "--profile-grid", "full"),
+    ).config
+    assert (config.api.default_class, config.api.slo_ttft_ms, config.api.slo_tpot_ms) == ("be", 400.0, 0.5)
+    assert config.api.max_concurrent_be_requests == 9
+    assert config.ranks.kv_host_memory_bytes == GIB
+    assert config.scheduling == SchedulingConfig(
+        scheduler="edf",
+        admission_policy="relax",
+        max_queued_rt_tokens=100,
+        max_queued_be_tokens=200,
+        kv_preemption="block",
+        batch_size_control="off",
+        be_max_wait_s=0.0,
+        be_floor="hard",
+        static_be_requests=3,
+        priority_preemption="full",
+        profile_grid="full",
+    )
+    assert parse(BROS_SCHEDULER="rr", BROS_SLO_TTFT_MS="250").config.scheduling.scheduler == "rr"
 
 
 def test_environment_sets_what_the_command_line_does_not():
@@ -258,6 +285,15 @@ def test_refusal_covers_the_environment_but_not_values_that_ask_for_nothing():
         (["--cuda-memory-fraction", "1.5"], "--cuda-memory-fraction"),
         (["--cuda-memory-fraction", "nan"], "--cuda-memory-fraction"),
         (["--rope-factor", "inf"], "--rope-factor"),
+        (["--slo-ttft-ms", "0"], "--slo-ttft-ms"),
+        (["--slo-tpot-ms", "inf"], "--slo-tpot-ms"),
+        (["--default-class", "vip"], "--default-class"),
+        (["--scheduler", "lifo"], "--scheduler"),
+        (["--admission-policy", "drop"], "--admission-policy"),
+        (["--max-concurrent-be-requests", "0"], "--max-concurrent-be-requests"),
+        (["--max-queued-be-tokens", "0"], "--max-queued-be-tokens"),
+        (["--kv-host-memory", "0"], "--kv-host-memory"),
+        (["--be-max-wait-s", "nan"], "--be-max-wait-s"),
         (["--max-best-off", "2"], "--max-best-of"),
         (["--model-id"], "--model-id"),
         (["a-model"], "a-model"),

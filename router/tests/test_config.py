@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError
 
 import pytest
 
+from bros_router.admission import AdmissionPolicy
 from bros_router.config import (
     SECTIONS,
     ApiConfig,
@@ -11,9 +12,14 @@ from bros_router.config import (
     ConfigError,
     HubConfig,
     RankConfig,
+    SchedulingConfig,
     ServerConfig,
     flags_of,
 )
+from bros_router.kv.kv_manager import Preemption
+from bros_router.request import RequestClass
+from bros_router.scheduling.batch_cap import CapControl
+from bros_router.scheduling.policies.registry import POLICY_NAMES
 
 FLAGS = {flag.option: flag for _, _, config_class in SECTIONS for flag in flags_of(config_class).values()}
 
@@ -62,6 +68,22 @@ def test_variables_of_our_own_flags_meet_nobody_elses():
     """`BLOCK_SIZE`, for one, belongs to coreutils."""
     ours = {option: flag.variable for option, flag in FLAGS.items() if flag.is_ours}
     assert ours == {
+        "--max-concurrent-be-requests": "BROS_MAX_CONCURRENT_BE_REQUESTS",
+        "--default-class": "BROS_DEFAULT_CLASS",
+        "--slo-ttft-ms": "BROS_SLO_TTFT_MS",
+        "--slo-tpot-ms": "BROS_SLO_TPOT_MS",
+        "--scheduler": "BROS_SCHEDULER",
+        "--admission-policy": "BROS_ADMISSION_POLICY",
+        "--max-queued-rt-tokens": "BROS_MAX_QUEUED_RT_TOKENS",
+        "--max-queued-be-tokens": "BROS_MAX_QUEUED_BE_TOKENS",
+        "--kv-preemption": "BROS_KV_PREEMPTION",
+        "--batch-size-control": "BROS_BATCH_SIZE_CONTROL",
+        "--be-max-wait-s": "BROS_BE_MAX_WAIT_S",
+        "--be-floor": "BROS_BE_FLOOR",
+        "--static-be-requests": "BROS_STATIC_BE_REQUESTS",
+        "--priority-preemption": "BROS_PRIORITY_PREEMPTION",
+        "--profile-grid": "BROS_PROFILE_GRID",
+        "--kv-host-memory": "BROS_KV_HOST_MEMORY",
         "--device": "BROS_DEVICE",
         "--kernels": "BROS_KERNELS",
         "--kv-cache-memory": "BROS_KV_CACHE_MEMORY",
@@ -69,6 +91,21 @@ def test_variables_of_our_own_flags_meet_nobody_elses():
         "--block-size": "BROS_BLOCK_SIZE",
         "--cpu-threads": "BROS_CPU_THREADS",
     }
+
+
+@pytest.mark.parametrize(
+    ("config_class", "name", "values"),
+    [
+        (ApiConfig, "default_class", tuple(item.value for item in RequestClass)),
+        (SchedulingConfig, "scheduler", POLICY_NAMES),
+        (SchedulingConfig, "admission_policy", tuple(item.value for item in AdmissionPolicy)),
+        (SchedulingConfig, "kv_preemption", tuple(item.value for item in Preemption)),
+        (SchedulingConfig, "batch_size_control", tuple(item.value for item in CapControl)),
+    ],
+)
+def test_choices_are_those_that_the_code_knows(config_class, name, values):
+    assert flags_of(config_class)[name].choices == values
+    assert getattr(config_class(), name) in values
 
 
 @pytest.mark.parametrize(

@@ -5,16 +5,19 @@ import time
 
 import pytest
 
+from bros_router.admission import AdmissionController
 from bros_router.engine import EngineModel, StepEngine
 from bros_router.kv.kv_manager import KVManager
 from bros_router.metrics import Metrics
 from bros_router.model_source import demo_model_path
 from bros_router.request import FinishReason, GenerationError, RequestClass, ServiceUnavailableError, ValidRequest
-from bros_router.scheduling.policies import FirstComeFirstServed
-from bros_router.scheduling.scheduler import Scheduler, SchedulerLimits
+from bros_router.scheduling.policies.ordered import FirstComeFirstServed
+from bros_router.scheduling.scheduler import Scheduler
+from bros_router.scheduling.step_draft import SchedulerLimits
 from bros_router.shard_client import ShardError
 from bros_router.tokenizer import Tokenizer
 from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult
+from simulated_ranks import ExactModel
 
 EOS, VOCAB_SIZE = 7, 1000
 
@@ -30,24 +33,29 @@ class InMemoryGroup:
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.failure: str | None = None
+        self.newest: asyncio.Future[StepResult] | None = None
 
-    async def send(self, plan: StepPlan) -> None:
+    async def send(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         self.plans.append(plan)
         for new in plan.new_sequences:
             self.scripts.setdefault(new.sequence_id, new.token_ids[:3])
             self.positions[new.sequence_id] = len(new.token_ids) - 3
+        self.newest = asyncio.ensure_future(self._answer(plan, self.newest))
+        return self.newest
 
-    async def result(self, step_id: int) -> StepResult:
+    async def _answer(self, plan: StepPlan, previous: asyncio.Future[StepResult] | None) -> StepResult:
+        if previous is not None:
+            await asyncio.wait([previous])  # ranks run plans in order
         await asyncio.sleep(0)  # as a socket does, let the clients have their turn
         await self.may_answer.wait()
         if self.failure is not None:
             raise ShardError(self.failure)
         results = []
-        for step in self.plans[-1].sequences:
+        for step in plan.sequences:
             script, position = self.scripts[step.sequence_id], self.positions[step.sequence_id]
             self.positions[step.sequence_id] += 1
             results.append(SequenceResult(step.sequence_id, script[position % 3], -1.0))
-        return StepResult(self.plans[-1].generation, step_id, results, 0.0, 0.0, 0.0, 0.0)
+        return StepResult(plan.generation, plan.step_id, results, 0.0, 0.0, 0.0, 0.0)
 
 
 @pytest.fixture
@@ -58,9 +66,9 @@ async def group():
 @pytest.fixture
 async def engine(group):
     kv = KVManager(num_blocks=64, block_size=16)
-    scheduler = Scheduler(FirstComeFirstServed(), kv, SchedulerLimits(64, 8))
+    scheduler = Scheduler(FirstComeFirstServed(), kv, ExactModel(), SchedulerLimits(64, 8))
     model = EngineModel(Tokenizer(demo_model_path() / "tokenizer.json"), frozenset({EOS}), VOCAB_SIZE)
-    engine = StepEngine(scheduler, kv, group, model, Metrics())
+    engine = StepEngine(scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64), group, model, Metrics())
     engine.kv_under_test = kv
     running = asyncio.create_task(engine.run())
     yield engine
@@ -146,9 +154,9 @@ async def test_token_outside_the_vocabulary_ends_that_reply_alone(engine):
 
 async def test_failed_group_leaves_the_replies_waiting_and_they_go_on_after_a_restart(group):
     kv = KVManager(num_blocks=64, block_size=16)
-    scheduler = Scheduler(FirstComeFirstServed(), kv, SchedulerLimits(64, 8))
+    scheduler = Scheduler(FirstComeFirstServed(), kv, ExactModel(), SchedulerLimits(64, 8))
     model = EngineModel(Tokenizer(demo_model_path() / "tokenizer.json"), frozenset(), VOCAB_SIZE)
-    engine = StepEngine(scheduler, kv, group, model, Metrics())
+    engine = StepEngine(scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64), group, model, Metrics())
     reply = engine.submit(request(11, 12, 13, max_new_tokens=6))
     running = asyncio.create_task(engine.run())
     before = [(await anext(reply)).token.token_id for _ in range(2)]

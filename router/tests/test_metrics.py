@@ -4,7 +4,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bros_router.metrics import Metrics
-from bros_router.request import RequestClass
+from bros_router.request import Admission, RequestClass
 
 
 def samples(metrics: Metrics) -> dict[str, float]:
@@ -12,6 +12,16 @@ def samples(metrics: Metrics) -> dict[str, float]:
     lines = metrics.render().decode().splitlines()
     pairs = [line.rsplit(" ", 1) for line in lines if not line.startswith("#") and "_bucket{" not in line]
     return {name: float(value) for name, value in pairs}
+
+
+def ours(metrics: Metrics) -> dict[str, float]:
+    """The samples that TGI has not, but for those that are there from the beginning."""
+    unused = samples(Metrics())
+    return {
+        name: value
+        for name, value in samples(metrics).items()
+        if name.startswith("bros_") and value != unused.get(name)
+    }
 
 
 def bounds(metrics: Metrics, name: str) -> list[float]:
@@ -35,6 +45,8 @@ def test_unused_series_are_not_shown():
         "tgi_queue_size": 0,
         "tgi_batch_current_size": 0,
         "tgi_batch_current_max_tokens": 0,
+        "bros_batch_cap": 0,
+        "bros_step_prediction_margin": 0,
     }
 
 
@@ -46,8 +58,8 @@ def test_requests_are_counted_under_tgis_names():
     succeeded(metrics)
     metrics.request_failed("validation")
     metrics.request_failed("overloaded")
-    gauges = {"tgi_queue_size", "tgi_batch_current_size", "tgi_batch_current_max_tokens"}
-    assert {name: value for name, value in samples(metrics).items() if name not in gauges} == {
+    unused = samples(Metrics())
+    assert {name: value for name, value in samples(metrics).items() if name not in unused} == {
         "tgi_request_count": 3,
         "tgi_request_success": 1,
         'tgi_request_failure{err="validation"}': 1,
@@ -78,7 +90,7 @@ def test_steps_are_counted_by_method():
     metrics.step_sent("decode", num_sequences=3, num_new_sequences=0, max_tokens=100)
     metrics.step_failed("decode")
     metrics.set_queue_size(7)
-    assert samples(metrics) == {
+    assert {name: value for name, value in samples(metrics).items() if name.startswith("tgi_")} == {
         "tgi_queue_size": 7,
         "tgi_batch_current_size": 3,
         "tgi_batch_current_max_tokens": 100,
@@ -104,8 +116,7 @@ def test_the_time_of_rank_0_is_told():
     metrics = Metrics()
     metrics.rank_worked(0.5, None)
     metrics.rank_worked(0.25, 0.125)
-    ours = {name: value for name, value in samples(metrics).items() if name.startswith("bros_")}
-    assert ours == {
+    assert ours(metrics) == {
         "bros_rank_step_duration_count": 2,
         "bros_rank_step_duration_sum": 0.75,
         "bros_rank_idle_duration_count": 1,
@@ -119,8 +130,7 @@ def test_what_is_ours_is_told_by_class_and_owner():
     metrics.observe_inter_token(RequestClass.BE, 0.25)
     metrics.set_kv_blocks(rt=3, be=4, free=5)
     metrics.frame_dropped("malformed")
-    ours = {name: value for name, value in samples(metrics).items() if name.startswith("bros_")}
-    assert ours == {
+    assert ours(metrics) == {
         'bros_time_to_first_token_seconds_count{class="rt"}': 1,
         'bros_time_to_first_token_seconds_sum{class="rt"}': 0.5,
         'bros_inter_token_latency_seconds_count{class="be"}': 1,
@@ -129,6 +139,65 @@ def test_what_is_ours_is_told_by_class_and_owner():
         'bros_kv_blocks{owner="be"}': 4,
         'bros_kv_blocks{owner="free"}': 5,
         'bros_frames_dropped_total{reason="malformed"}': 1,
+    }
+
+
+def test_requests_are_counted_by_class_and_how_they_ended():
+    metrics = Metrics()
+    metrics.request_admitted(RequestClass.RT, Admission.AS_ASKED)
+    metrics.request_admitted(RequestClass.RT, Admission.DEGRADED)
+    metrics.request_admitted(RequestClass.BE, Admission.AS_ASKED)
+    metrics.request_refused(RequestClass.RT)
+    metrics.request_ended(RequestClass.RT, "success")
+    metrics.request_ended(RequestClass.RT, "overloaded")
+    metrics.request_ended(RequestClass.BE, "deadline")
+    assert ours(metrics) == {
+        'bros_admissions_total{class="rt",admission="as_asked"}': 1,
+        'bros_admissions_total{class="rt",admission="degraded"}': 1,
+        'bros_admissions_total{class="be",admission="as_asked"}': 1,
+        'bros_admissions_total{class="rt",admission="refused"}': 1,
+        'bros_requests_total{class="rt",outcome="success"}': 1,
+        'bros_requests_total{class="rt",outcome="overloaded"}': 1,
+        'bros_requests_total{class="be",outcome="deadline"}': 1,
+    }
+
+
+def test_targets_are_met_one_by_one_and_together():
+    metrics = Metrics()
+    for is_ttft_met, is_tpot_met in ((True, True), (True, False), (False, True), (False, False)):
+        metrics.targets_judged(is_ttft_met=is_ttft_met, is_tpot_met=is_tpot_met)
+    assert ours(metrics) == {
+        'bros_targets_total{target="ttft",outcome="met"}': 2,
+        'bros_targets_total{target="ttft",outcome="missed"}': 2,
+        'bros_targets_total{target="tpot",outcome="met"}': 2,
+        'bros_targets_total{target="tpot",outcome="missed"}': 2,
+        'bros_targets_total{target="both",outcome="met"}': 1,
+        'bros_targets_total{target="both",outcome="missed"}': 3,
+    }
+
+
+def test_scheduling_is_told():
+    metrics = Metrics()
+    metrics.set_sequences(RequestClass.BE, num_running=3, num_waiting=40)
+    metrics.set_sequences(RequestClass.BE, num_running=2, num_waiting=41)
+    metrics.sequences_relegated(2)
+    metrics.sequences_preempted(RequestClass.BE, 3)
+    metrics.blocks_copied("out", 5)
+    metrics.blocks_copied("in", 4)
+    metrics.set_batch_cap(144)
+    metrics.step_predicted(1.5, 1.0, margin=1.25)
+    metrics.step_predicted(1.5, 2.0, margin=1.125)
+    assert ours(metrics) == {
+        'bros_sequences{class="be",state="running"}': 2,
+        'bros_sequences{class="be",state="waiting"}': 41,
+        "bros_relegations_total": 2,
+        'bros_preemptions_total{class="be"}': 3,
+        'bros_kv_blocks_copied_total{direction="out"}': 5,
+        'bros_kv_blocks_copied_total{direction="in"}': 4,
+        "bros_batch_cap": 144,
+        "bros_step_prediction_margin": 1.125,
+        "bros_step_prediction_error_count": 2,
+        "bros_step_prediction_error_sum": 0.75,
     }
 
 

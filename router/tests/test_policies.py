@@ -1,4 +1,4 @@
-"""The baselines: what each one's rule makes of the same arrivals. `test_bros.py` has the policy that they compare with."""
+"""The baselines: what each rule makes of the same arrivals. `test_bros.py` has the policy they compare with."""
 
 import pytest
 

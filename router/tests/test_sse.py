@@ -91,6 +91,19 @@ async def test_failures_amid_a_stream_are_its_last_event(serve, reply_of, error,
     assert server.engine.num_running == 0
 
 
+async def test_the_head_of_a_stream_waits_for_admission(serve):
+    """The headers say on which terms the request was accepted; those of a refusal say none."""
+    server = await serve()
+    headers = {"x-slo-ttft-ms": "400"}
+    accepted = await server.client.post("/generate_stream", json={"inputs": "x"}, headers=headers)
+    refused = await server.client.post("/generate_stream", json={"inputs": ""}, headers=headers)
+    for response in (accepted, refused):
+        assert (response.status, response.headers["x-request-class"]) == (200, "rt")
+        assert (response.headers["content-type"], response.headers["x-compute-type"]) == ("text/event-stream", "1-cpu")
+    assert accepted.headers["x-slo-ttft-ms"] == "400"
+    assert "x-slo-ttft-ms" not in refused.headers
+
+
 @pytest.mark.parametrize("path", ["/generate_stream", "/"])
 async def test_refusals_come_within_the_stream(serve, path):
     server = await serve()

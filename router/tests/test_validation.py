@@ -290,6 +290,106 @@ async def test_a_class_that_does_not_exist_is_told_by_the_status(serve, path):
     }
 
 
+NAMED = {"x-slo-ttft-ms": "400", "x-slo-tpot-ms": "0.5"}
+OPERATORS = {"slo_ttft_ms": 900.0, "slo_tpot_ms": 60.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "headers", "priority", "expected"),
+    [
+        ({}, {}, None, ("rt", None, None)),
+        ({}, NAMED, None, ("rt", 0.4, 0.0005)),
+        ({}, {"x-slo-tpot-ms": "1e2"}, None, ("rt", None, 0.1)),
+        ({"default_class": "be"}, {}, None, ("be", None, None)),
+        ({"default_class": "be"}, {}, "rt", ("rt", None, None)),
+        ({"default_class": "be"}, {"x-request-class": "rt"}, None, ("rt", None, None)),
+        # A target without a class means real-time: a header, so it wins over the body.
+        ({"default_class": "be"}, {"x-slo-ttft-ms": "400"}, None, ("rt", 0.4, None)),
+        ({}, {"x-slo-ttft-ms": "400"}, "be", ("rt", 0.4, None)),
+        # Best-effort has no targets, whoever names it.
+        ({}, NAMED | {"x-request-class": "be"}, "rt", ("be", None, None)),
+        (OPERATORS, {}, "be", ("be", None, None)),
+        # The operator's stand in for those that the client does not name.
+        (OPERATORS, {}, None, ("rt", 0.9, 0.06)),
+        (OPERATORS, {"x-slo-ttft-ms": "400"}, None, ("rt", 0.4, 0.06)),
+        (OPERATORS | {"default_class": "be"}, {"x-request-class": "rt"}, None, ("rt", 0.9, 0.06)),
+    ],
+)
+async def test_class_and_targets_are_the_headers_else_the_bodys_else_the_operators(
+    serve, config, headers, priority, expected
+):
+    server = await serve(ApiConfig(**config))
+    body = {"inputs": "x", "parameters": {"priority": priority}}
+    for path in ("/generate", "/generate_stream", "/"):
+        response = await server.client.post(path, json=body, headers=headers)
+        request = server.engine.requests[-1]
+        assert (request.request_class.value, request.ttft_s, request.tpot_s) == expected
+        shown = [response.headers.get(name) for name in ("x-request-class", "x-slo-ttft-ms", "x-slo-tpot-ms")]
+        assert shown[0] == expected[0]
+        assert [value and float(value) for value in shown[1:]] == [value and value * 1000 for value in expected[1:]]
+        assert "x-admission" not in response.headers
+
+
+@pytest.mark.parametrize("request_class", ["rt", "be"])
+async def test_a_deadline_reaches_the_engine(serve, request_class):
+    server = await serve()
+    headers = {"x-request-class": request_class, "x-request-deadline-ms": "1500"}
+    request = await submitted(server, {"inputs": "x"}, **headers)
+    assert (request.deadline_s, request.request_class.value) == (1.5, request_class)
+    assert (await submitted(server, {"inputs": "x"})).deadline_s is None
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "",
+        "0",
+        "-1",
+        "-0.0",
+        "nan",
+        "NaN",
+        "inf",
+        "Infinity",
+        "1e999",
+        "1e-323",
+        "1_000",
+        "4,5",
+        "5 ms",
+        "0x10",
+        "٣",
+        "é",
+    ],
+)
+@pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms", "x-request-deadline-ms"])
+async def test_a_time_that_is_none_is_told_by_the_status(serve, name, value):
+    server = await serve()
+    for path in ("/generate", "/generate_stream", "/"):
+        body = b'{"inputs":"x","stream":true,"parameters":{"priority":"be"}}'
+        answer = await server.exchange(
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{name}: {value}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+            + body
+        )
+        head, _, text = answer.partition(b"\r\n\r\n")
+        assert head.startswith(b"HTTP/1.1 422 ")
+        message = f"{PREFIX}`{name}` must be a number of milliseconds, and strictly positive"
+        assert json.loads(text) == {"error": message, "error_type": "validation"}
+    assert server.engine.requests == []
+
+
+@pytest.mark.parametrize("value", ["1", "0.001", "1E3", "123456789012", "1e300"])
+async def test_a_time_may_be_any_positive_number(serve, value):
+    server = await serve()
+    response = await server.client.post("/generate", json={"inputs": "x"}, headers={"x-slo-ttft-ms": value})
+    assert float(response.headers["x-slo-ttft-ms"]) == pytest.approx(float(value), rel=1e-11)
+
+
+async def test_tokenize_looks_at_no_such_header(serve):
+    server = await serve()
+    response = await server.client.post("/tokenize", json={"inputs": "x"}, headers={"x-slo-ttft-ms": "soon"})
+    assert response.status == 200
+
+
 async def test_request_ids_differ(serve):
     server = await serve()
     first, second = [await submitted(server, {"inputs": "x"}) for _ in range(2)]

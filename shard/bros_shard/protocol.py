@@ -155,14 +155,56 @@ class Hello(Message, frozen=True, tag="hello"):
 
 
 class StepShape(Part, frozen=True):
-    """The features of a step that its time depends on."""
+    """The features of a step that its time depends on. A sequence that brings one token decodes, whatever it is."""
 
-    num_prefill_tokens: Count
-    num_decode_sequences: Count
+    num_prefill_tokens: Count = 0
+    num_prefill_sequences: Count = 0
+    num_decode_sequences: Count = 0
     #: Sum over prefill chunks of chunk * (past + chunk / 2): the attention work of prefill.
-    prefill_attention: Annotated[float, Meta(ge=0.0, le=1e18)]
-    #: Sum of the decode sequences' context lengths.
-    decode_context_tokens: Count
+    prefill_attention: Annotated[float, Meta(ge=0.0, le=1e18)] = 0.0
+    #: Sum of the decode sequences' context lengths, the step's own tokens included.
+    decode_context_tokens: Count = 0
+    #: Tokens whose keys and values are copied from or to the host pool.
+    num_copied_tokens: Count = 0
+
+    def with_sequence(self, num_computed_tokens: int, num_tokens: int) -> StepShape:
+        """The shape with one more sequence in the step."""
+        if num_tokens == 1:
+            return StepShape(
+                self.num_prefill_tokens,
+                self.num_prefill_sequences,
+                self.num_decode_sequences + 1,
+                self.prefill_attention,
+                self.decode_context_tokens + num_computed_tokens + 1,
+                self.num_copied_tokens,
+            )
+        return StepShape(
+            self.num_prefill_tokens + num_tokens,
+            self.num_prefill_sequences + 1,
+            self.num_decode_sequences,
+            self.prefill_attention + num_tokens * (num_computed_tokens + num_tokens / 2),
+            self.decode_context_tokens,
+            self.num_copied_tokens,
+        )
+
+    def with_copies(self, num_tokens: int) -> StepShape:
+        """The shape with `num_tokens` more tokens copied from or to the host pool."""
+        return StepShape(
+            self.num_prefill_tokens,
+            self.num_prefill_sequences,
+            self.num_decode_sequences,
+            self.prefill_attention,
+            self.decode_context_tokens,
+            self.num_copied_tokens + num_tokens,
+        )
+
+
+def shape_of(plan: StepPlan) -> StepShape:
+    """The features of a whole plan."""
+    shape = StepShape(num_copied_tokens=sum(copy.num_tokens for copy in (*plan.copies_out, *plan.copies_in)))
+    for step in plan.sequences:
+        shape = shape.with_sequence(step.num_computed_tokens, step.num_tokens)
+    return shape
 
 
 class Profile(Message, frozen=True, tag="profile"):

@@ -188,7 +188,7 @@ class ShardServer:
             max_length=worker.max_length,
             num_blocks=worker.num_blocks,
             block_size=self._options.block_size,
-            num_host_blocks=self._options.num_host_blocks,
+            num_host_blocks=worker.cache.num_host_blocks,
             block_bytes=worker.block_bytes,
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
@@ -16,16 +17,18 @@ from torch import Tensor
 
 from bros_kernels.paged_attention import select_backend
 from bros_shard.batch import StepBatch, build_batch, build_sampling_batch
+from bros_shard.host_pool import staging_bytes
 from bros_shard.kv_cache import KVCache, block_bytes
-from bros_shard.memory import InsufficientMemoryError, available_bytes
+from bros_shard.memory import InsufficientMemoryError, available_bytes, host_pool_bytes
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.model import ModelLimits
 from bros_shard.models.registry import DTYPES, load_model, read_dtype
 from bros_shard.models.rotary import RopeOverride
 from bros_shard.options import ShardOptions
 from bros_shard.parallel import ParallelGroup
+from bros_shard.profile_cache import ProfileCache, processor_name
 from bros_shard.protocol import SequenceResult, StepPlan, StepShape
-from bros_shard.rehearsal import PROFILED_SCENES, Rehearsal, largest_scenes
+from bros_shard.rehearsal import GRID_VERSION, Rehearsal, Scene, largest_scenes, profiled_scenes
 from bros_shard.sampling.sampler import SampledTokens, Sampler
 from bros_shard.sequences import SequenceTable, TokenPool
 
@@ -34,8 +37,9 @@ OnProgress: TypeAlias = Callable[[str, int, int], None]
 
 #: What a client may be told of a sequence that the model had no answer for.
 NO_TOKEN_FAULT: Final = "the model produced no valid token"
-#: Warming up begins no further step after this long.
-_WARM_UP_BUDGET_S: Final = 2.5
+#: Warming up begins no further scene after this long: measuring a grid, or playing the quick one once.
+_MEASURING_BUDGET_S: Final = {"quick": 3.5, "full": 26.0}
+_PLAYING_BUDGET_S: Final = 2.0
 
 log = structlog.get_logger()
 
@@ -86,7 +90,8 @@ class Worker:
         )
         self._sampler = Sampler()
         self.block_bytes = block_bytes(self._model.kv_shape, options.block_size, self._dtype)
-        self._install_region(self._choose_num_blocks())
+        num_blocks = self._choose_num_blocks()
+        self._install_region(num_blocks, self._choose_num_host_blocks(num_blocks))
 
     @property
     def vocab_size(self) -> int:
@@ -116,20 +121,61 @@ class Worker:
         return torch.cuda.get_device_name(self._device).replace(" ", "-").lower()
 
     def warm_up(self) -> list[tuple[StepShape, float]]:
-        """Run made-up steps, so that the first real one is not the slowest. Returns what each took, in seconds."""
+        """Run made-up steps, so that the first real one is not the slowest.
+
+        Returns:
+            What steps take, in seconds: measured now, or, where that is known, when this machine last did.
+        """
+        grid = self.options.profile_grid
+        cache = ProfileCache(self._profile_key())
+        points = cache.load(grid) if self.options.rank == 0 else []
+        is_known = self.options.rank > 0 or bool(points)
+        if self._parallel.minimum(is_known, self._device):
+            self._rehearse("quick", _PLAYING_BUDGET_S, Rehearsal.play)
+            return points
+        points = self._rehearse(grid, _MEASURING_BUDGET_S[grid], Rehearsal.measure)
+        if self.options.rank == 0:
+            cache.store(grid, points)
+        return points
+
+    def _rehearse(
+        self, grid: str, budget_s: float, run: Callable[[Rehearsal, Scene], float]
+    ) -> list[tuple[StepShape, float]]:
+        """Run a grid's scenes until the budget is spent on any rank. Returns their shapes and seconds."""
         rehearsal = self._rehearsal()
-        started_s = time.monotonic()
+        block_size = self.cache.block_size
+        num_host_slots = self.cache.num_host_blocks * block_size
+        scenes = profiled_scenes(grid, self.max_length, self.options.max_batch_tokens, num_host_slots)
         points = []
-        scenes = [*PROFILED_SCENES, *largest_scenes(self.options.max_batch_tokens, self.max_length)[:1]]
+        started_s = time.monotonic()
         for index, scene in enumerate(scenes):
-            is_in_time = time.monotonic() - started_s < _WARM_UP_BUDGET_S
+            is_in_time = time.monotonic() - started_s < budget_s
             if not self._parallel.minimum(is_in_time, self._device):
                 break
             self._on_progress("warming", index, len(scenes))
-            scene = scene.clipped(self.max_length, self.options.max_batch_tokens)
-            points.append((scene.shape(), rehearsal.run(scene)))
+            self.cache.touch(scene.num_blocks(block_size))
+            points.append((scene.shape(), run(rehearsal, scene)))
         self._on_progress("warming", len(scenes), len(scenes))
         return points
+
+    def _profile_key(self) -> dict[str, str]:
+        """All that a step's time depends on, and which scenes are measured. Weights are not: any would do."""
+        options = self.options
+        return {
+            "grid": str(GRID_VERSION),
+            "config": hashlib.sha256((Path(options.model_path) / "config.json").read_bytes()).hexdigest(),
+            "dtype": self.dtype_name,
+            "device": self.device_name,
+            "processor": processor_name(),
+            "threads": str(torch.get_num_threads()),
+            "torch": str(torch.__version__),
+            "kernels": self._backend.__name__,
+            "world_size": str(options.world_size),
+            "block_size": str(options.block_size),
+            "max_batch_tokens": str(options.max_batch_tokens),
+            "max_length": str(self.max_length),
+            "has_host_pool": str(self.cache.num_host_blocks > 0),
+        }
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> StepOutput:
@@ -158,9 +204,9 @@ class Worker:
     def _copy(self, plan: StepPlan) -> None:
         """Host copies out, tail moves, host copies in: in this order, since one may free the slots of the next."""
         self._sequences.check_copies(plan.tail_moves, [*plan.copies_out, *plan.copies_in], self.cache.num_host_blocks)
-        self.cache.copy_out(plan.copies_out)
+        self.cache.host_pool.copy_out(plan.copies_out)
         self.cache.move_tails(plan.tail_moves)
-        self.cache.copy_in(plan.copies_in)
+        self.cache.host_pool.copy_in(plan.copies_in)
 
     def _sample(self, batch: StepBatch, logits: Tensor | None) -> SampledTokens | None:
         """Choose on rank 0 (which has logits), and append the tokens to their sequences on every rank."""
@@ -186,14 +232,12 @@ class Worker:
                 results[sequence.sequence_id] = _result(sequence.sequence_id, token_id, logprob, is_valid)
         return list(results.values())
 
-    def _install_region(self, num_blocks: int) -> None:
-        """Allocate a region and forget all sequences."""
-        options = self.options
-        self.cache = KVCache(
-            self._model.kv_shape, num_blocks, options.block_size, options.num_host_blocks, self._dtype, self._device
-        )
+    def _install_region(self, num_blocks: int, num_host_blocks: int) -> None:
+        """Allocate a region and its host pool, and forget all sequences."""
+        block_size = self.options.block_size
+        self.cache = KVCache(self._model.kv_shape, num_blocks, block_size, num_host_blocks, self._dtype, self._device)
         self._pool = TokenPool(self._device)
-        self._sequences = SequenceTable(self._pool, self.vocab_size, self.max_length, num_blocks, options.block_size)
+        self._sequences = SequenceTable(self._pool, self.vocab_size, self.max_length, num_blocks, block_size)
 
     def _choose_num_blocks(self) -> int:
         options = self.options
@@ -213,15 +257,26 @@ class Worker:
             )
         return num_blocks
 
+    def _choose_num_host_blocks(self, num_blocks: int) -> int:
+        """Blocks of the host pool; the same on all ranks."""
+        options = self.options
+        num_bytes = options.host_memory_bytes
+        if num_bytes == 0:
+            region_bytes = num_blocks * self.block_bytes
+            # On a CPU the regions of all ranks are promised, and taken as they are written.
+            promised_bytes = region_bytes * options.world_size if self._device.type == "cpu" else 0
+            num_bytes = host_pool_bytes(region_bytes, promised_bytes, options.world_size)
+        return self._parallel.minimum(max(0, num_bytes) // self.block_bytes, self._device)
+
     def _measure_gpu_room(self) -> int:
         """Bytes of this GPU that a region may take: what is free beside the scratch memory of the largest steps."""
-        self._install_region(-(-self.options.max_batch_tokens // self.options.block_size))
+        self._install_region(-(-self.options.max_batch_tokens // self.options.block_size), num_host_blocks=0)
         rehearsal = self._rehearsal()
         torch.cuda.reset_peak_memory_stats(self._device)
         held_bytes = torch.cuda.memory_allocated(self._device)
         for scene in largest_scenes(self.options.max_batch_tokens, self.max_length):
-            rehearsal.run(scene)
-        scratch_bytes = torch.cuda.max_memory_allocated(self._device) - held_bytes
+            rehearsal.measure(scene)
+        scratch_bytes = torch.cuda.max_memory_allocated(self._device) - held_bytes + staging_bytes(self.block_bytes)
         del self.cache
         torch.cuda.empty_cache()
         free_bytes, total_bytes = torch.cuda.mem_get_info(self._device)

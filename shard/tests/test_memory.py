@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from bros_shard import memory
-from bros_shard.memory import InsufficientMemoryError, available_bytes
+from bros_shard.memory import InsufficientMemoryError, available_bytes, host_pool_bytes, lazy_zeros
 
 
 @pytest.fixture
@@ -37,3 +38,30 @@ def test_unknown(machine: Path) -> None:
     (machine / "meminfo").write_text("MemTotal: 8388608 kB\n")
     with pytest.raises(InsufficientMemoryError, match="set kv_memory_bytes"):
         available_bytes()
+
+
+@pytest.mark.parametrize(
+    ("region_bytes", "reserved_bytes", "world_size", "expected"),
+    [
+        (2**30, 0, 1, 2**30),  # as much as the region
+        (2**33, 0, 1, 6 * 2**28),  # a quarter of 6 GiB
+        (2**33, 2 * 2**30, 2, 2**29),  # a quarter of 4 GiB, for two
+        (2**33, 2**33, 1, 0),
+    ],
+)
+def test_host_pool_takes_at_most_a_quarter(
+    region_bytes: int, reserved_bytes: int, world_size: int, expected: int, machine: Path
+) -> None:
+    assert host_pool_bytes(region_bytes, reserved_bytes, world_size) == expected
+
+
+def test_no_host_pool_where_nobody_knows_what_is_free(machine: Path) -> None:
+    (machine / "meminfo").write_text("")
+    assert host_pool_bytes(2**30, 0, 1) == 0
+
+
+def test_lazy_zeros() -> None:
+    zeros = lazy_zeros((2, 3, 5), torch.bfloat16)
+    assert (zeros.shape, zeros.dtype, zeros.is_contiguous()) == ((2, 3, 5), torch.bfloat16, True)
+    assert not zeros.any()
+    assert lazy_zeros((0, 3), torch.float32).shape == (0, 3)

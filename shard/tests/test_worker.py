@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -17,11 +18,13 @@ import torch
 import bros_shard.worker as worker_module
 from bros_kernels.reference import ReferenceAttention
 from bros_shard.batch import StepBatch, build_batch
+from bros_shard.host_pool import HostPool
 from bros_shard.kv_cache import KVCache
 from bros_shard.memory import InsufficientMemoryError
 from bros_shard.model_config import UnsupportedModelError
 from bros_shard.models import layers
 from bros_shard.models.rotary import rotate
+from bros_shard.options import ShardOptions
 from bros_shard.protocol import (
     HostCopy,
     NewSequence,
@@ -58,6 +61,13 @@ MODELS = (
     "opt-no-final-norm",
 )
 FAMILIES = ("llama", "mistral-window", "qwen2-window", "qwen3", "opt-350m-like")
+
+
+@pytest.fixture(autouse=True)
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Step times are kept for the time of a test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -114,7 +124,7 @@ def test_two_classes_share_blocks_and_tails_move(name, reference, make_worker, s
 @pytest.mark.parametrize("to_host", [False, True], ids=["recompute", "swap"])
 def test_preemption_does_not_change_the_output(name, to_host, reference, make_worker, scripted_router) -> None:
     expected = reference(name)
-    router = scripted_router(make_worker(expected.path, num_host_blocks=48), chunk_size=24)
+    router = scripted_router(make_worker(expected.path), chunk_size=24)
     directions = ("forward", "reversed", "mixed")
     ids = [router.add(prompt, directions[i % 3]) for i, prompt in enumerate(expected.prompts)]
     for preempted in (ids[4:12:2], ids[5:11:3], ids[:3]):
@@ -129,7 +139,7 @@ def test_preemption_does_not_change_the_output(name, to_host, reference, make_wo
 def test_ranks_together_equal_one(name, world_size, reference, make_worker, scripted_router, tmp_path) -> None:
     """Real processes. With 4 ranks, pairs of them hold the same of the 2 key-value heads."""
     expected = reference(name)
-    worker = make_worker(expected.path, num_host_blocks=48)
+    worker = make_worker(expected.path)
     router = scripted_router(worker, chunk_size=24, shares_tails=True)
     for index, prompt in enumerate(expected.prompts):
         router.add(prompt, "forward" if index % 2 else "reversed")
@@ -139,18 +149,23 @@ def test_ranks_together_equal_one(name, world_size, reference, make_worker, scri
     router.preempt(6)
     assert router.run() == expected.outputs
 
-    plans, results = tmp_path / "plans.json", tmp_path / "results.json"
-    plans.write_text(json.dumps([encode(plan).hex() for plan in router.plans]))
+    outputs = _run_ranks(worker.options, world_size, router.plans, tmp_path)
+    assert [outputs[str(index)] for index in range(len(expected.prompts))] == expected.outputs
+
+
+def _run_ranks(options: ShardOptions, world_size: int, plans: list[StepPlan], folder: Path) -> dict[str, list[int]]:
+    """Tokens of each sequence, from ranks in processes of their own."""
+    plans_path, results_path = folder / "plans.json", folder / "results.json"
+    plans_path.write_text(json.dumps([encode(plan).hex() for plan in plans]))
+    rendezvous = f"file://{folder}/{uuid4()}"
     ranks = [
         subprocess.Popen(
             [
                 sys.executable,
                 str(Path(__file__).with_name("replay_rank.py")),
-                str(plans),
-                str(results),
-                *replace(
-                    worker.options, rank=rank, world_size=world_size, rendezvous=f"file://{tmp_path}/rendezvous"
-                ).to_argv(),
+                str(plans_path),
+                str(results_path),
+                *replace(options, rank=rank, world_size=world_size, rendezvous=rendezvous).to_argv(),
             ],
             stderr=subprocess.PIPE,
             text=True,
@@ -159,8 +174,17 @@ def test_ranks_together_equal_one(name, world_size, reference, make_worker, scri
     ]
     errors = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * world_size, errors
-    outputs = json.loads(results.read_text())
-    assert [outputs[str(index)] for index in range(len(expected.prompts))] == expected.outputs
+    outputs: dict[str, list[int]] = json.loads(results_path.read_text())
+    return outputs
+
+
+def test_ranks_agree_on_what_rank_0_remembers(reference, make_worker, tmp_path, cache_home) -> None:
+    options = make_worker(reference("llama").path).options
+    assert _run_ranks(options, 2, [], tmp_path) == {}
+    (kept,) = cache_home.rglob("*.json")
+    content = kept.read_bytes()
+    assert _run_ranks(options, 2, [], tmp_path) == {}
+    assert kept.read_bytes() == content
 
 
 def _flip_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,7 +205,7 @@ def _skip_tail_moves(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _skip_copies_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(KVCache, "copy_in", lambda self, copies: None)
+    monkeypatch.setattr(HostPool, "copy_in", lambda self, copies: None)
 
 
 def _widen_windows(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +231,7 @@ def _widen_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_these_tests_notice_a_planted_fault(name, plant, reference, make_worker, scripted_router, monkeypatch) -> None:
     expected = reference(name)
     plant(monkeypatch)
-    router = scripted_router(make_worker(expected.path, num_host_blocks=48), chunk_size=16, shares_tails=True)
+    router = scripted_router(make_worker(expected.path), chunk_size=16, shares_tails=True)
     for index, prompt in enumerate(expected.prompts):
         router.add(prompt, "forward" if index % 2 else "reversed")
     outputs = None
@@ -262,8 +286,8 @@ def test_logprobs_are_those_of_transformers(reference, make_worker) -> None:
 
 def test_copies_run_out_then_tails_then_in(reference, make_worker) -> None:
     """Each copy overwrites what the one before it read."""
-    worker = make_worker(reference("llama").path, num_host_blocks=2)
-    region, host = worker.cache.region, worker.cache.host_pool
+    worker = make_worker(reference("llama").path)
+    region, host = worker.cache.region, worker.cache.host_pool.blocks
     for block in range(3):
         region[:, :, block] = block
     host.fill_(9)
@@ -326,11 +350,30 @@ def test_warm_up_measures_steps_and_leaves_nothing(reference, make_worker, scrip
     points = worker.warm_up()
     assert all(seconds > 0 for _, seconds in points)
     shapes = [shape for shape, _ in points]
-    assert StepShape(0, 1, 0.0, 64) in shapes
-    assert StepShape(48, 0, 48 * 24, 0) in shapes
+    assert StepShape(num_decode_sequences=1, decode_context_tokens=64) in shapes
+    assert StepShape(48, 1, 0, 48 * 24) in shapes
     assert all(shape.num_prefill_tokens <= 48 and shape.num_decode_sequences <= 48 for shape in shapes)
     assert [phase for phase, _, _ in progress] == sorted(phase for phase, _, _ in progress)
     assert progress[-1][1] == progress[-1][2]
+    assert any(shape.num_copied_tokens > 0 for shape in shapes)
     router = scripted_router(worker)
     router.add(expected.prompts[3])
     assert router.run() == [expected.outputs[3]]
+
+
+def test_a_second_start_measures_nothing_and_says_the_same(reference, make_worker) -> None:
+    path = reference("llama").path
+    first = make_worker(path).warm_up()
+    assert make_worker(path).warm_up() == first
+    assert make_worker(path, block_size=32).warm_up() != first
+    full = make_worker(path, profile_grid="full").warm_up()
+    assert len(full) > len(first)
+    assert make_worker(path).warm_up() == full
+
+
+def test_host_pool_is_sized_by_bytes_or_as_the_region(reference, make_worker) -> None:
+    path = reference("llama").path
+    block_bytes = make_worker(path).block_bytes
+    assert make_worker(path, host_memory_bytes=5 * block_bytes + 1).cache.num_host_blocks == 5
+    assert make_worker(path).cache.num_host_blocks == 64
+    assert make_worker(path, host_memory_bytes=-1).cache.num_host_blocks == 0

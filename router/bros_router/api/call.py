@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import structlog
 from aiohttp import web
 
-from bros_router.admission import OverloadedError, Permits
+from bros_router.admission import Permits
 from bros_router.api import errors
+from bros_router.api.service_level import ServiceLevel
 from bros_router.api.types import GenerateRequest
 from bros_router.api.validation import NUM_JUDGED_NEW_TOKENS, Validator
 from bros_router.config import ApiConfig
 from bros_router.metrics import Metrics
 from bros_router.request import (
+    DeadlineError,
     Engine,
     Finish,
     Generation,
     GenerationError,
+    OverloadedError,
+    RefusedError,
     RequestClass,
     ServiceUnavailableError,
     ValidRequest,
@@ -48,7 +52,7 @@ class Api:
     service: Service
     metrics: Metrics
     validator: Validator
-    permits: Permits
+    permits: Mapping[RequestClass, Permits]
     timeouts: Timeouts
 
     def served(self) -> tuple[ServedModel, Engine]:
@@ -110,12 +114,13 @@ class Call:
             inference_s=timings.inference_s,
             num_generated_tokens=finish.num_generated_tokens,
         )
+        self._api.metrics.request_ended(self.request.request_class, "success")
         return timings
 
 
 @asynccontextmanager
 async def inference_call(
-    api: Api, body: GenerateRequest, request_class: RequestClass, *, is_stream: bool
+    api: Api, body: GenerateRequest, level: ServiceLevel, *, is_stream: bool
 ) -> AsyncIterator[Call]:
     """Admit, validate and queue a request. Leaving the block ends its sequence and gives its permit back.
 
@@ -127,8 +132,8 @@ async def inference_call(
     api.metrics.request_received()
     try:
         api.validator.check_before_admission(body.parameters, is_stream=is_stream)
-        with api.permits.take():
-            request = await api.validator.validate(body, request_class, model)
+        with api.permits[level.request_class].take():
+            request = await api.validator.validate(body, level, model)
             api.metrics.request_validated(
                 len(request.prompt_token_ids),
                 min(request.max_new_tokens, NUM_JUDGED_NEW_TOKENS),
@@ -136,22 +141,39 @@ async def inference_call(
                 max_total_tokens=model.max_total_tokens,
             )
             with engine.submit(request) as generation:
+                api.metrics.request_admitted(level.request_class, generation.terms.admission)
                 yield Call(api, request, generation, arrived_s)
     except ConnectionError:
         raise  # the client is gone: its sequence was ended, and the engine counted it
     except Exception as error:
-        public = _public(error, api)
-        api.metrics.request_failed(public.failure)
+        public = _public(error, api, engine, level)
+        _count_failure(public, api.metrics, level)
         raise public from None
 
 
-def _public(error: Exception, api: Api) -> errors.ApiError:
+def _count_failure(error: errors.ApiError, metrics: Metrics, level: ServiceLevel) -> None:
+    metrics.request_failed(error.failure)
+    metrics.request_ended(level.request_class, error.failure)
+    if isinstance(error, errors.InfeasibleApiError):
+        metrics.request_refused(level.request_class)
+    # Of what was accepted the engine judges the targets.
+    if error.failure == "overloaded" and level.has_given_target:
+        metrics.targets_judged(is_ttft_met=False, is_tpot_met=False)
+
+
+def _public(error: Exception, api: Api, engine: Engine, level: ServiceLevel) -> errors.ApiError:
     """What a client is told of `error`."""
     match error:
         case errors.ApiError():
             return error
+        case RefusedError():
+            return errors.InfeasibleApiError(error.retry_after_s)
         case OverloadedError():
-            return errors.OverloadedApiError()
+            return errors.OverloadedApiError(engine.drain_s(level.request_class))
+        case DeadlineError(has_run=True):
+            return errors.DeadlineApiError(str(error))
+        case DeadlineError():
+            return errors.ExpiredApiError(engine.drain_s(level.request_class))
         case GenerationError():
             return errors.GenerationApiError(str(error))
         case ServiceUnavailableError():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import ClassVar
 
 import msgspec
@@ -21,10 +22,16 @@ class ApiError(Exception):
     failure: ClassVar[Failure] = "internal"
     #: Whether the connection cannot, or should not, be used again.
     closes_connection: bool = False
+    #: Why, in a word, where TGI has no such error.
+    code: ClassVar[str | msgspec.UnsetType] = msgspec.UNSET
 
     def body(self) -> bytes:
         """The JSON object."""
-        return msgspec.json.encode(ErrorReply(str(self), self.error_type))
+        return msgspec.json.encode(ErrorReply(str(self), self.error_type, self.code))
+
+    def headers(self) -> dict[str, str]:
+        """Headers of the response."""
+        return {}
 
 
 class ValidationError(ApiError):
@@ -37,21 +44,51 @@ class ValidationError(ApiError):
 
 
 class OverloadedApiError(ApiError):
-    """No concurrency permit."""
+    """No concurrency permit, or a full queue. TGI does not say when to try again."""
 
-    status, error_type, failure = 429, "overloaded", "overloaded"
+    status, error_type = 429, "overloaded"
+    failure: ClassVar[Failure] = "overloaded"
+    message: ClassVar[str] = "Model is overloaded"
 
-    def __init__(self) -> None:
-        super().__init__("Model is overloaded")
+    def __init__(self, retry_after_s: float) -> None:
+        super().__init__(self.message)
+        self._retry_after_s = retry_after_s
+
+    def headers(self) -> dict[str, str]:
+        """`Retry-After`, in whole seconds: none would be an invitation to try at once."""
+        return {"Retry-After": str(max(1, math.ceil(self._retry_after_s)))}
+
+
+class InfeasibleApiError(OverloadedApiError):
+    """The target cannot be met, and the operator wants such requests refused. Not TGI's."""
+
+    code = "slo_infeasible"
+    message = "Model is overloaded: the latency target cannot be met"
+
+
+class ExpiredApiError(OverloadedApiError):
+    """The deadline passed before any of the request was computed. Not TGI's."""
+
+    failure = "deadline"
+    code = "deadline_exceeded"
+    message = "Model is overloaded: the deadline passed before the request could run"
 
 
 class GenerationApiError(ApiError):
     """The engine could not finish the request."""
 
-    status, error_type, failure = 424, "generation", "generation"
+    status, error_type = 424, "generation"
+    failure: ClassVar[Failure] = "generation"
 
     def __init__(self, message: str) -> None:
         super().__init__(f"Request failed during generation: {message}")
+
+
+class DeadlineApiError(GenerationApiError):
+    """The deadline passed while the request ran. Not TGI's."""
+
+    failure = "deadline"
+    code = "deadline_exceeded"
 
 
 class IncompleteGenerationError(ApiError):
@@ -163,7 +200,9 @@ def error_response(error: ApiError | Rejection) -> web.Response:
     """The response that tells the client of `error`."""
     if isinstance(error, Rejection):
         return web.Response(status=error.status, text=str(error))
-    response = web.Response(status=error.status, body=error.body(), content_type="application/json")
+    response = web.Response(
+        status=error.status, body=error.body(), headers=error.headers(), content_type="application/json"
+    )
     if error.closes_connection:
         response.force_close()
     return response

@@ -13,7 +13,8 @@ from aiohttp import web
 from bros_router.api import errors
 from bros_router.api.body import read_json
 from bros_router.api.call import API, Api, Call, inference_call
-from bros_router.api.headers import compute_headers, timing_headers
+from bros_router.api.headers import compute_headers, terms_headers, timing_headers
+from bros_router.api.service_level import ServiceLevel, service_level
 from bros_router.api.sse import EventStream
 from bros_router.api.types import (
     CompatGenerateRequest,
@@ -28,8 +29,7 @@ from bros_router.api.types import (
     StreamEvent,
     TokenReply,
 )
-from bros_router.api.validation import request_class_of
-from bros_router.request import Finish, RequestClass, Token
+from bros_router.request import Finish, Token
 
 T = TypeVar("T")
 
@@ -76,9 +76,9 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
 
 async def _generate(request: web.Request, body: GenerateRequest) -> tuple[GenerateReply, dict[str, str]]:
     api = request.app[API]
-    request_class = _request_class(request, body)
-    headers = compute_headers(api.model(), body.inputs, request_class)
-    async with inference_call(api, body, request_class, is_stream=False) as call:
+    level = _service_level(request, body)
+    headers = compute_headers(api.model(), body.inputs, level.request_class)
+    async with inference_call(api, body, level, is_stream=False) as call:
         tokens: list[Token] = []
         finish: Finish | None = None
         async for event in call.generation:
@@ -87,7 +87,7 @@ async def _generate(request: web.Request, body: GenerateRequest) -> tuple[Genera
         if finish is None:
             raise errors.IncompleteGenerationError
         timings = call.succeeded(finish)
-    headers |= timing_headers(call, finish, timings)
+    headers |= terms_headers(call) | timing_headers(call, finish, timings)
     if not body.parameters.details:
         return GenerateReply(_full_text(body, finish)), headers
     details = Details(
@@ -101,26 +101,27 @@ async def _generate(request: web.Request, body: GenerateRequest) -> tuple[Genera
 
 
 async def _stream(request: web.Request, body: GenerateRequest) -> web.StreamResponse:
-    """Answer 200 at once; whatever goes wrong from here on is an event."""
+    """Answer 200 once the request is admitted or refused; whatever goes wrong is an event."""
     api = request.app[API]
-    request_class = _request_class(request, body)
-    stream = EventStream(
-        request,
-        compute_headers(api.model(), body.inputs, request_class),
-        keep_alive_s=api.timeouts.keep_alive_s,
-        write_deadline_s=api.timeouts.write_s,
-    )
+    level = _service_level(request, body)
+    headers = compute_headers(api.model(), body.inputs, level.request_class)
+    stream = EventStream(request, keep_alive_s=api.timeouts.keep_alive_s, write_deadline_s=api.timeouts.write_s)
     with contextlib.suppress(ConnectionError):  # the client is gone
         async with stream:
             try:
-                await _send_events(api, body, request_class, stream)
+                await _send_events(api, body, level, stream, headers)
             except errors.ApiError as error:
+                if not stream.is_open:
+                    await stream.open(headers | error.headers())
                 await stream.send(error.body())
     return stream.response
 
 
-async def _send_events(api: Api, body: GenerateRequest, request_class: RequestClass, stream: EventStream) -> None:
-    async with inference_call(api, body, request_class, is_stream=True) as call:
+async def _send_events(
+    api: Api, body: GenerateRequest, level: ServiceLevel, stream: EventStream, headers: dict[str, str]
+) -> None:
+    async with inference_call(api, body, level, is_stream=True) as call:
+        await stream.open(headers | terms_headers(call))
         finish: Finish | None = None
         index = 0
         async for event in call.generation:
@@ -155,8 +156,8 @@ def _token_reply(token: Token) -> TokenReply:
     return TokenReply(token.token_id, token.text, token.logprob, token.is_special)
 
 
-def _request_class(request: web.Request, body: GenerateRequest) -> RequestClass:
-    return request_class_of(request.headers.get("x-request-class"), body.parameters)
+def _service_level(request: web.Request, body: GenerateRequest) -> ServiceLevel:
+    return service_level(request.headers, body.parameters, request.app[API].config)
 
 
 # --- about the server

@@ -18,9 +18,10 @@ _HEADERS = {
 
 
 class EventStream:
-    """The stream of one request, opened by entering it.
+    """The stream of one request. Leaving the `with` block ends what keeps it alive, not the response.
 
         async with EventStream(request, ...) as events:
+            await events.open({"x-request-class": "rt"})
             await events.send(b'{"token": ...}')
         return events.response
 
@@ -31,12 +32,11 @@ class EventStream:
     def __init__(
         self,
         request: web.Request,
-        headers: Mapping[str, str],
         *,
         keep_alive_s: float,
         write_deadline_s: float,
     ) -> None:
-        self.response = web.StreamResponse(headers={**_HEADERS, **headers})
+        self.response = web.StreamResponse(headers=_HEADERS)
         self._request = request
         self._keep_alive_s = keep_alive_s
         self._write_deadline_s = write_deadline_s
@@ -45,15 +45,25 @@ class EventStream:
         self._keep_alive_task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> EventStream:
-        await self.response.prepare(self._request)
-        self._keep_alive_task = asyncio.create_task(self._keep_alive())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._keep_alive_task is not None
-        self._keep_alive_task.cancel()
+        if self._keep_alive_task is not None:
+            self._keep_alive_task.cancel()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the status and the headers were sent."""
+        return self._keep_alive_task is not None
+
+    async def open(self, headers: Mapping[str, str]) -> None:
+        """Send the status, which is 200, and the headers; events may follow, and comments while there are none."""
+        self.response.headers.update(headers)
+        await self.response.prepare(self._request)
+        self._last_write_s = self._loop.time()
+        self._keep_alive_task = asyncio.create_task(self._keep_alive())
 
     async def send(self, data: bytes) -> None:
         """Send one event. `data` is one line. Raises `ConnectionError` where the client is gone."""

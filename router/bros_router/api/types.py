@@ -163,3 +163,5 @@ class ErrorReply(Struct, frozen=True):
 
     error: str
     error_type: str
+    #: Ours: why, where TGI has no such error.
+    code: str | UnsetType = UNSET

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 from bros_router.api.errors import ValidationError
+from bros_router.api.service_level import ServiceLevel
 from bros_router.api.types import GenerateParameters, GenerateRequest, SimpleToken
 from bros_router.config import ApiConfig
-from bros_router.request import RequestClass, ValidRequest
+from bros_router.request import ValidRequest
 from bros_router.service import ServedModel
 from bros_router.tokenizer import Tokenizer, TokenizerError, byte_offsets
 from bros_shard.protocol import SamplingParams
@@ -51,7 +52,7 @@ class Validator:
         if best_of > max_best_of:
             raise ValidationError(f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}")
 
-    async def validate(self, request: GenerateRequest, request_class: RequestClass, model: ServedModel) -> ValidRequest:
+    async def validate(self, request: GenerateRequest, level: ServiceLevel, model: ServedModel) -> ValidRequest:
         """Check every other rule, those that cost nothing first.
 
         Raises:
@@ -72,7 +73,10 @@ class Validator:
             max_new_tokens=min(parameters.max_new_tokens or num_free_tokens, num_free_tokens),
             stop_sequences=tuple(parameters.stop),
             ignore_eos=parameters.ignore_eos,
-            request_class=request_class,
+            request_class=level.request_class,
+            ttft_s=level.ttft_s,
+            tpot_s=level.tpot_s,
+            deadline_s=level.deadline_s,
         )
 
     async def tokenize(self, text: str, tokenizer: Tokenizer) -> list[SimpleToken]:
@@ -121,20 +125,6 @@ class Validator:
         top_n, max_top_n = parameters.top_n_tokens or 0, self._config.max_top_n_tokens
         if top_n > max_top_n:
             raise ValidationError(f"`top_n_tokens` must be >= 0 and <= {max_top_n}. Given: {top_n}")
-
-
-def request_class_of(header: str | None, parameters: GenerateParameters) -> RequestClass:
-    """The class of a request: the header `x-request-class`, else `parameters.priority`, else real-time.
-
-    Raises:
-        ValidationError: the header names no class.
-    """
-    if header is None:
-        return parameters.priority or RequestClass.RT
-    try:
-        return RequestClass(header)
-    except ValueError:
-        raise ValidationError("`x-request-class` must be `rt` or `be`") from None
 
 
 def _float32(value: float) -> float:

@@ -43,14 +43,14 @@ def paced_deadline_s(sequence: Sequence, start_s: float) -> float:
     return min(max(pace_s, last_s + _CATCH_UP_GAP * tpot_s), last_s + _LONGEST_GAP * tpot_s)
 
 
-def meets_targets(sequence: Sequence) -> bool:
-    """Whether a finished sequence had its first token, and the mean of its others, in time."""
+def met_targets(sequence: Sequence) -> tuple[bool, bool]:
+    """Whether the first token came in time, and the mean of the others; a sequence without tokens missed both."""
     targets = sequence.targets
     if targets is None or sequence.first_token_s is None or sequence.last_token_s is None:
-        return False
+        return False, False
     num_gaps = max(1, len(sequence.output_token_ids) - 1)
-    is_first_in_time = sequence.first_token_s - sequence.arrival_s <= targets.ttft_s
-    return is_first_in_time and (sequence.last_token_s - sequence.first_token_s) / num_gaps <= targets.tpot_s
+    mean_gap_s = (sequence.last_token_s - sequence.first_token_s) / num_gaps
+    return sequence.first_token_s - sequence.arrival_s <= targets.ttft_s, mean_gap_s <= targets.tpot_s
 
 
 def _last_token_s(sequence: Sequence, start_s: float) -> float:

@@ -45,18 +45,12 @@ class StepInFlight:
     predicted_s: float
     #: What the real-time sequences that decode would take without the rest.
     rt_decode_s: float
+    #: Most sequences it might have held.
+    max_num_sequences: int
+    #: Who gave up memory for it, and its class.
+    victims: dict[int, RequestClass]
     #: The sequences for which the step samples a token.
     sampled: list[Sequence]
-
-
-@dataclass(slots=True)
-class SchedulerCounts:
-    """What happened since the start."""
-
-    num_preempted_blocks: int = 0
-    num_copied_out_tokens: int = 0
-    num_restored_tokens: int = 0
-    num_moved_tokens: int = 0
 
 
 class Scheduler:
@@ -74,7 +68,6 @@ class Scheduler:
         limits: SchedulerLimits,
         generation: int = 0,
     ) -> None:
-        self.counts = SchedulerCounts()
         self._policy = policy
         self._kv = kv
         self._latency_model = latency_model
@@ -83,6 +76,7 @@ class Scheduler:
         self._next_step_id = 0
         #: In order of admission. A dict, so that leaving it is O(1).
         self._running: dict[int, Sequence] = {}
+        self._num_alive = dict.fromkeys(RequestClass, 0)
         self._in_flight: deque[StepInFlight] = deque()
         self._releases: list[int] = []
         self._relegated: list[Sequence] = []
@@ -96,6 +90,11 @@ class Scheduler:
     def num_running(self) -> int:
         """Sequences that were let in."""
         return len(self._running)
+
+    def num_sequences(self, request_class: RequestClass) -> tuple[int, int]:
+        """How many sequences of a class were let in, and how many wait."""
+        num_running = sum(sequence.request_class is request_class for sequence in self._running.values())
+        return num_running, self._num_alive[request_class] - num_running
 
     @property
     def max_running_tokens(self) -> int:
@@ -120,6 +119,7 @@ class Scheduler:
         """Queue a new sequence. It must fit the KV region on its own."""
         assert sequence.state is SequenceState.WAITING and sequence.num_computed_tokens == 0
         assert sequence.max_total_tokens <= self._kv.num_blocks * self._kv.block_size
+        self._num_alive[sequence.request_class] += 1
         self._policy.add(sequence)
 
     def finish(self, sequence: Sequence, *, is_complete: bool = False) -> None:
@@ -141,13 +141,15 @@ class Scheduler:
         else:
             self._policy.remove(sequence)
         sequence.state = SequenceState.FINISHED
+        self._num_alive[sequence.request_class] -= 1
         if sequence.is_on_ranks:
             self._releases.append(sequence.sequence_id)
 
     def plan(self, now_s: float) -> StepPlan | None:
         """The next step, or `None` where there is nothing to send now.
 
-        A plan may hold releases or copies alone: the ranks then compute nothing.
+        A plan may hold releases or copies alone, or nothing at all where those that were to run gave way to each
+        other: the ranks then compute nothing, and the next plan goes on.
         """
         draft = StepDraft(
             now_s,
@@ -162,8 +164,8 @@ class Scheduler:
         self._policy.compose(draft)
         self._relegated += draft.relegated
         copies = self._kv.take_copies()
-        self._count(draft, copies)
-        if not draft.chunks and not self._releases and not (copies.out or copies.tail_moves or copies.in_):
+        has_copies = copies.out or copies.tail_moves or copies.in_
+        if not (draft.chunks or draft.victims or self._releases or has_copies):
             return None
         return self._emit(draft, copies)
 
@@ -250,7 +252,18 @@ class Scheduler:
         if num_rt_decodes:
             rt_decodes = StepShape(num_decode_sequences=num_rt_decodes, decode_context_tokens=num_rt_context_tokens)
             rt_decode_s = self._latency_model.predict_s(rt_decodes)
-        self._in_flight.append(StepInFlight(plan.step_id, shape, draft.start_s, predicted_s, rt_decode_s, sampled))
+        self._in_flight.append(
+            StepInFlight(
+                plan.step_id,
+                shape,
+                draft.start_s,
+                predicted_s,
+                rt_decode_s,
+                draft.max_num_sequences,
+                draft.victims,
+                sampled,
+            )
+        )
         self._next_step_id += 1
         self._releases = []
         return plan
@@ -281,9 +294,3 @@ class Scheduler:
         if finish_reason is not None:
             self.finish(sequence, is_complete=True)
         return Outcome(sequence, result.token_id, result.logprob, finish_reason)
-
-    def _count(self, draft: StepDraft, copies: Copies) -> None:
-        self.counts.num_preempted_blocks += draft.num_preempted_blocks
-        self.counts.num_restored_tokens += draft.num_restored_tokens
-        self.counts.num_copied_out_tokens += sum(copy.num_tokens for copy in copies.out)
-        self.counts.num_moved_tokens += sum(move.num_tokens for move in copies.tail_moves)

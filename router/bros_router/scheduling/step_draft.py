@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from bros_router.kv.kv_manager import KVManager, Preemption
+from bros_router.request import RequestClass
 from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_shard.protocol import StepShape
@@ -53,10 +54,10 @@ class StepDraft:
         self.limits = limits
         self.chunks: list[Chunk] = []
         self.num_tokens_left = limits.max_batch_tokens
-        self.num_preempted_blocks = 0
-        self.num_restored_tokens = 0
-        #: Who gave up memory for this step.
-        self.victims: set[int] = set()
+        #: Most sequences of this step; a policy may lower it.
+        self.max_num_sequences = limits.max_num_sequences
+        #: Who gave up memory for this step, and its class.
+        self.victims: dict[int, RequestClass] = {}
         self.relegated: list[Sequence] = []
         self._running = running
         self._on_preempted = on_preempted
@@ -78,7 +79,7 @@ class StepDraft:
     @property
     def num_sequences_left(self) -> int:
         """How many more sequences the step may hold."""
-        return self.limits.max_num_sequences - len(self.chunks)
+        return self.max_num_sequences - len(self.chunks)
 
     @property
     def shape(self) -> StepShape:
@@ -101,6 +102,10 @@ class StepDraft:
         """Whether the sequence is in the step."""
         return sequence.sequence_id in self._members
 
+    def may_run(self, sequence: Sequence) -> bool:
+        """Whether this step may take up a sequence: it waits for no token, and gave up nothing for this very step."""
+        return sequence.is_ready and sequence.sequence_id not in self.victims
+
     def shortfall(self, sequence: Sequence, num_tokens: int) -> int:
         """KV blocks that are missing before `num_tokens` more tokens of the sequence can be computed."""
         return self.kv.shortfall(
@@ -122,6 +127,7 @@ class StepDraft:
         Its `shortfall` is 0 for these, and for `num_reserved_tokens`: what it gets blocks for now, so that nobody can
         come between the chunks of a prompt.
         """
+        assert sequence.sequence_id not in self._members and sequence.sequence_id not in self.victims
         num_computed_tokens = sequence.num_computed_tokens
         num_stored_tokens = num_computed_tokens + max(num_tokens, num_reserved_tokens)
         self.kv.grow(sequence.sequence_id, sequence.request_class, num_stored_tokens)
@@ -142,8 +148,7 @@ class StepDraft:
     def preempt(self, victim: Sequence) -> None:
         """Take all memory of a running sequence; it waits again, to be computed anew from its first token."""
         assert not self.holds(victim)
-        self.num_preempted_blocks += self.kv.num_owned_blocks(victim.sequence_id)
-        self.victims.add(victim.sequence_id)
+        self.victims[victim.sequence_id] = victim.request_class
         del self._running[victim.sequence_id]
         self.kv.release(victim.sequence_id)
         victim.num_computed_tokens = 0
@@ -197,8 +202,7 @@ class StepDraft:
         )
         if is_saved:
             self._num_copied_tokens += num_copied
-        self.num_preempted_blocks += 1
-        self.victims.add(victim.sequence_id)
+        self.victims[victim.sequence_id] = victim.request_class
 
     def restore(self, sequence: Sequence, num_tokens: int) -> None:
         """Give a sequence that was preempted in part the blocks of all it knows, and copy back `num_tokens` tokens."""
@@ -210,7 +214,6 @@ class StepDraft:
         num_copied = restored - sequence.num_computed_tokens
         sequence.num_computed_tokens = restored
         self._num_copied_tokens += num_copied
-        self.num_restored_tokens += num_copied
 
     def checkpoint(self, sequence: Sequence, index: int) -> None:
         """Copy a full block of the sequence to the host ahead of time."""

@@ -18,7 +18,7 @@ from bros_router.scheduling.attainment import RecentAttainment
 from bros_router.scheduling.batch_cap import BatchCap, CapControl
 from bros_router.scheduling.deadlines import (
     first_token_deadline_s,
-    meets_targets,
+    met_targets,
     paced_deadline_s,
     strict_deadline_s,
 )
@@ -108,8 +108,6 @@ class BrosPolicy:
 
     def __init__(self, latency_model: LatencyModel, limits: SchedulerLimits, options: BrosOptions) -> None:
         self.cap = BatchCap(options.cap_control, limits.max_num_sequences)
-        #: Steps that were predicted to miss a target.
-        self.num_predicted_misses = 0
         self._model = latency_model
         self._limits = limits
         self._options = options
@@ -163,7 +161,7 @@ class BrosPolicy:
         """A sequence got its last token."""
         if sequence.targets is not None and not sequence.is_late:
             assert sequence.last_token_s is not None
-            is_met = meets_targets(sequence)
+            is_met = all(met_targets(sequence))
             self._attainment.note(sequence.last_token_s, is_met)
             if not is_met:
                 self.cap.note_miss()
@@ -210,10 +208,10 @@ class BrosPolicy:
     def compose(self, draft: StepDraft) -> None:
         """Fill the step: real-time decodes, real-time prompts, late ones, best-effort decodes and prompts."""
         draft.kv.num_reserved_blocks = int(draft.kv.num_blocks * _RESERVED_SHARE) if self._recent_ttft_s else 0
+        draft.max_num_sequences = self.cap.value
         standing = self._take_stock(draft)
         end_s = self._decode_real_time(draft, standing)
         is_too_long = draft.end_s > end_s
-        self.num_predicted_misses += is_too_long
         end_s = self._prefill_real_time(draft, standing, end_s)
         self._run_late(draft, standing, end_s)
         is_bound = False
@@ -251,9 +249,6 @@ class BrosPolicy:
             return math.inf
         return self._longest_be_step_s
 
-    def _num_places_left(self, draft: StepDraft) -> int:
-        return min(self.cap.value - len(draft.chunks), draft.num_sequences_left)
-
     # --- real-time
 
     def _decode_real_time(self, draft: StepDraft, standing: _Standing) -> float:
@@ -277,7 +272,7 @@ class BrosPolicy:
             return True
         if draft.make_room(sequence, num_tokens, self._be_victims(standing), end_s):
             return True
-        if num_tokens > 1:
+        if sequence.state is SequenceState.WAITING or not sequence.is_decoding:
             return False
         others = [other for other in draft.running if other.request_class is RequestClass.RT and not draft.holds(other)]
         others.sort(key=self._due_s, reverse=True)
@@ -314,7 +309,7 @@ class BrosPolicy:
                 is_any_left_out = True
                 bound_s = min(bound_s, self._reachable_s(draft, self._latest_start_s(sequence)))
                 break
-            if is_new and self._num_places_left(draft) <= 0:
+            if is_new and draft.num_sequences_left <= 0:
                 break
             if not self._give_room(draft, standing, sequence, num_pending_tokens, bound_s):
                 break  # it waits for memory, which others free the sooner the more they do
@@ -343,7 +338,7 @@ class BrosPolicy:
                 if prefilling[position].sequence_id not in draft.victims:
                     yield prefilling[position]
                 position += 1
-            elif waiting is not None and waiting.is_ready and waiting.sequence_id not in draft.victims:
+            elif waiting is not None and draft.may_run(waiting):
                 yield waiting
             else:
                 return
@@ -391,11 +386,13 @@ class BrosPolicy:
             num_tokens = self._chunk(draft, sequence, end_s)
             if num_tokens and self._give_room(draft, standing, sequence, sequence.num_pending_tokens, end_s):
                 draft.add(sequence, num_tokens, sequence.num_pending_tokens)
-        while (late := self._late_waiting.peek()) is not None and late.is_ready and self._num_places_left(draft) > 0:
+        while (late := self._late_waiting.peek()) is not None and draft.num_sequences_left > 0:
+            if not draft.may_run(late):
+                return
             num_tokens = self._chunk(draft, late, end_s)
             if not num_tokens or not self._give_room(draft, standing, late, late.num_pending_tokens, end_s):
                 return
-            self._late_waiting.pop()
+            self._late_waiting.remove(late)
             draft.add(late, num_tokens, late.num_pending_tokens)
 
     # --- best-effort
@@ -410,11 +407,13 @@ class BrosPolicy:
         if self._options.be_max_wait_s < math.inf:
             ready.sort(key=lambda sequence: not self._starves(draft, sequence))
             num_starving = sum(1 for _ in itertools.takewhile(lambda s: self._starves(draft, s), ready))
-        most = max(0, min(len(ready), self._num_places_left(draft), draft.num_tokens_left))
+        most = max(0, min(len(ready), draft.num_sequences_left, draft.num_tokens_left))
         num_fitting = self._num_fitting_decodes(draft, ready[:most], end_s)
         if num_fitting == 0 and most and (not draft.chunks or (num_starving and self._has_floor(draft))):
             num_fitting = 1
         for sequence in ready[:num_fitting]:
+            if sequence.sequence_id in draft.victims:
+                continue  # it gave way to one of those before it
             if draft.shortfall(sequence, 1) and not draft.make_room(sequence, 1, self._younger(standing, sequence)):
                 continue
             draft.add(sequence, 1)
@@ -459,7 +458,7 @@ class BrosPolicy:
                 return
             is_trickle = False
         while (sequence := self._be_waiting.peek()) is not None:  # type: ignore[assignment]
-            if not sequence.is_ready or self._num_places_left(draft) <= 0:
+            if not draft.may_run(sequence) or draft.num_sequences_left <= 0:
                 return
             num_pending_tokens = sequence.num_pending_tokens
             if draft.shortfall(sequence, num_pending_tokens) or not self._leaves_reserve(draft, sequence):
@@ -476,7 +475,7 @@ class BrosPolicy:
     ) -> bool:
         """Go on with a prompt, or bring back what was taken. Returns whether there may be time and room for more."""
         num_pending_tokens = sequence.num_pending_tokens
-        if self._num_places_left(draft) <= 0 or draft.num_tokens_left <= 0:
+        if draft.num_sequences_left <= 0 or draft.num_tokens_left <= 0:
             return False
         if draft.shortfall(sequence, num_pending_tokens) and not draft.make_room(
             sequence, num_pending_tokens, self._younger(standing, sequence)

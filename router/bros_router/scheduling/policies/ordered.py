@@ -72,7 +72,7 @@ class OrderedPolicy:
 
     def _admit(self, draft: StepDraft) -> None:
         while draft.num_tokens_left > 0 and (sequence := self._queue.peek()) is not None:
-            if not sequence.is_ready or not self._may_join(sequence, draft):
+            if not draft.may_run(sequence) or not self._may_join(sequence, draft):
                 break
             if draft.shortfall(sequence, sequence.num_pending_tokens):
                 break

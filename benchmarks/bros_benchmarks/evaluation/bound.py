@@ -1,0 +1,150 @@
+"""What best-effort throughput can be at most beside given real-time work, and what work a policy left undone.
+
+While real-time requests decode the device is never idle, so wall time says nothing about what is left for
+best-effort work. What counts is the time that real-time work *adds* to steps that would run anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from bros_router.simulation.hardware import Hardware
+from bros_router.simulation.record import RequestRecord
+from bros_shard.protocol import StepShape
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Work a second, by what the time of a step depends on (`StepShape` has the terms)."""
+
+    prefill_tokens: float = 0.0
+    prefill_attention: float = 0.0
+    decodes: float = 0.0
+    decode_context: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.prefill_tokens + other.prefill_tokens,
+            self.prefill_attention + other.prefill_attention,
+            self.decodes + other.decodes,
+            self.decode_context + other.decode_context,
+        )
+
+    def __mul__(self, factor: float) -> Work:
+        return Work(
+            factor * self.prefill_tokens,
+            factor * self.prefill_attention,
+            factor * self.decodes,
+            factor * self.decode_context,
+        )
+
+    def __sub__(self, other: Work) -> Work:
+        return self + other * -1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """Seconds that a unit of each kind of work adds to a step: c1, c3, c2 and c4 of the step-time model."""
+
+    prefill_token_s: float
+    prefill_attention_s: float
+    decode_s: float
+    decode_context_s: float
+
+    def seconds(self, work: Work) -> float:
+        """Marginal device seconds a second: the share of the device that the work takes."""
+        return (
+            self.prefill_token_s * work.prefill_tokens
+            + self.prefill_attention_s * work.prefill_attention
+            + self.decode_s * work.decodes
+            + self.decode_context_s * work.decode_context
+        )
+
+
+def slopes_at(hardware: Hardware, base: StepShape) -> Slopes:
+    """The slopes of the step time where steps look like `base`: for the bound, as they look without real-time work."""
+    base_s = hardware.seconds(base)
+
+    def slope(amount: int, **added: float) -> float:
+        values = {name: getattr(base, name) for name in StepShape.__struct_fields__}
+        return (hardware.seconds(StepShape(**{**values, **added})) - base_s) / amount
+
+    return Slopes(
+        slope(64, num_prefill_tokens=base.num_prefill_tokens + 64),
+        slope(100_000, prefill_attention=base.prefill_attention + 100_000.0),
+        slope(16, num_decode_sequences=base.num_decode_sequences + 16),
+        slope(10_000, decode_context_tokens=base.decode_context_tokens + 10_000),
+    )
+
+
+def mixed_step(num_tokens: float, num_sequences: float, context_tokens: float) -> StepShape:
+    """A step of that many tokens in that many sequences, of which one is in prefill and the others decode.
+
+    Args:
+        context_tokens: about how many tokens a decoding sequence has.
+    """
+    num_decodes = round(max(0.0, num_sequences - 1))
+    num_prefill_tokens = max(1, round(num_tokens - num_decodes))
+    return StepShape(
+        num_prefill_tokens=num_prefill_tokens,
+        num_prefill_sequences=1,
+        num_decode_sequences=num_decodes,
+        prefill_attention=num_prefill_tokens * (context_tokens + num_prefill_tokens) / 2,
+        decode_context_tokens=round(num_decodes * context_tokens),
+    )
+
+
+def offered_work(records: Iterable[RequestRecord], start_s: float, stop_s: float) -> Work:
+    """Real-time work that was asked for in the window, a second."""
+    work = Work()
+    for record in records:
+        if record.is_rt and start_s <= record.offered_s < stop_s:
+            work += _prefill(record.request.num_prompt_tokens)
+            work += _decodes(record.request.num_prompt_tokens, 1, record.request.num_output_tokens)
+    return work * (1 / (stop_s - start_s))
+
+
+def done_work(records: Iterable[RequestRecord], start_s: float, stop_s: float) -> Work:
+    """Real-time work that was done in the window, a second. A prompt counts when its first token came."""
+    work = Work()
+    for record in records:
+        if not record.is_rt:
+            continue
+        tokens = [index for index, time_s in enumerate(record.token_s) if start_s <= time_s < stop_s]
+        if tokens:
+            if tokens[0] == 0:
+                work += _prefill(record.request.num_prompt_tokens)
+            work += _decodes(record.request.num_prompt_tokens, max(1, tokens[0]), tokens[-1] + 1)
+    return work * (1 / (stop_s - start_s))
+
+
+def _prefill(num_tokens: int) -> Work:
+    return Work(prefill_tokens=num_tokens, prefill_attention=num_tokens**2 / 2)
+
+
+def _decodes(num_prompt_tokens: int, first: int, stop: int) -> Work:
+    """Steps that gave output tokens first to stop - 1, counted from 0; token 0 comes with the prompt."""
+    count = max(0, stop - first)
+    # Token k is computed over the prompt and the k tokens before it.
+    return Work(decodes=count, decode_context=count * (num_prompt_tokens + (first + stop - 1) / 2))
+
+
+@dataclass(frozen=True, slots=True)
+class Ceiling:
+    """What best-effort throughput is compared with."""
+
+    #: Tokens a second without real-time work.
+    be_only_tokens_per_s: float
+    slopes: Slopes
+
+    def bound(self, offered: Work) -> float:
+        """Tokens a second that are left beside the real-time work that was asked for."""
+        return self.be_only_tokens_per_s * max(0.0, 1 - self.slopes.seconds(offered))
+
+    def charged(self, tokens_per_s: float, missing: Work) -> float:
+        """Tokens a second that a policy would have had, had it also done the real-time work that it left undone.
+
+        Work of earlier requests that was made up for in the window is credited alike.
+        """
+        return tokens_per_s - self.be_only_tokens_per_s * self.slopes.seconds(missing)

@@ -1,0 +1,289 @@
+"""`make eval-live`: real servers under real-time and best-effort load over HTTP, policy against policy.
+
+In this order: targets from an idle server; token budget and cap of every baseline; goodput of `fcfs`, `static` and
+`bros`, and of `bros` without best-effort load; all policies at the rate that `bros` sustains; a burst. Runs of
+different policies take turns, since the machine may be shared and its speed may drift. What a run gave is kept, so
+an evaluation that was stopped goes on where it was (`--folder`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import random
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bros_benchmarks.evaluation import targets
+from bros_benchmarks.evaluation.goodput import GoodputSearch
+from bros_benchmarks.evaluation.live_runner import Contender, LiveRunner, LiveSetup
+from bros_benchmarks.evaluation.recorder import describe_machine, read_json, write_json
+from bros_benchmarks.evaluation.result import Result, attainment, by_label, estimate
+from bros_benchmarks.evaluation.tables import gate_table, policy_table
+from bros_benchmarks.evaluation.targets import ScaledTargets, UnloadedLatency
+from bros_benchmarks.server_under_test import ServerUnderTest
+from bros_router.simulation.workload import BE, SHAREGPT, Lengths, burst
+
+#: Lengths of the paper's workloads, in miniature: the model is a hundredth of the paper's, the device a hundredth too.
+_LENGTH_SCALE: Final = 0.25
+_MAX_TOTAL_TOKENS: Final = 512
+#: Multiple of the unloaded latency that is the target (Sarathi's "strict").
+_SLO_SCALE: Final = 5.0
+#: What each baseline may choose from: (token budget, sequence cap) of a step.
+_BUDGETS: Final = (128, 256, 512)
+_CAPS: Final = (32, 128)
+_BASELINES: Final = ("fcfs", "static", "priority", "edf", "rr", "tgi")
+_OURS: Final = ("bros", "bros-paper")
+_SEEDS: Final = (1, 2, 3)
+#: Resolution of a goodput, and the range that is searched, as shares of the estimated capacity.
+_RATE_RATIO: Final = 1.1
+_LOWEST, _HIGHEST = 0.02, 4.0
+#: A burst is ten times the rate for twenty seconds; before and after it, this share of what `bros` sustains.
+_BURST_BASE_SHARE: Final = 0.25
+_BURST_START_S: Final = 35.0
+#: `bros` with its batch cap as it is, and held at the maximum.
+_BURST_FLAGS: Final = {"bros": (), "bros, cap off": ("--batch-cap", "off")}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How much is run."""
+
+    policies: tuple[str, ...]
+    seeds: tuple[int, ...]
+    #: Skips tuning and searches, and runs everything at this rate; `None`: the rate is searched for.
+    rate: float | None
+    has_burst: bool
+
+
+class Evaluation:
+    """The whole evaluation of one set-up."""
+
+    def __init__(self, runner: LiveRunner, progress: Progress, plan: Plan, capacity: float) -> None:
+        """`capacity`: real-time requests a second that the device can about do."""
+        self._runner = runner
+        self._progress = progress
+        self._plan = plan
+        self._capacity = capacity
+        self._flags: dict[str, tuple[str, ...]] = {}
+
+    def tune(self) -> list[Result]:
+        """Find each baseline's best budget and cap: most requests inside their targets, then the lowest latency."""
+        variants = [
+            replace(self._contender(policy), name=f"{policy} {budget}/{cap}", flags=_limits(budget, cap))
+            for budget in _BUDGETS
+            for cap in _CAPS
+            for policy in self._plan.policies
+            if policy in _BASELINES
+        ]
+        results = self._run_in_turn("tuning", [(variant, 0.5 * self._capacity) for variant in variants], (1,))
+        for policy in _BASELINES:
+            tried = [
+                (_merit(run), variant.flags)
+                for variant, run in zip(variants, results, strict=True)
+                if variant.scheduler == policy
+            ]
+            if tried:
+                self._flags[policy] = max(tried)[1]
+        return results
+
+    def search(self) -> tuple[dict[str, GoodputSearch], list[Result]]:
+        """Goodput by contender, the searches taking turns."""
+        contenders = {
+            contender.name: contender
+            for contender in (
+                *(self._contender(policy) for policy in ("fcfs", "static", "bros") if policy in self._plan.policies),
+                self._alone(),
+            )
+        }
+        searches = {
+            name: GoodputSearch(
+                0.5 * self._capacity,
+                _RATE_RATIO,
+                lowest=_LOWEST * self._capacity,
+                highest=_HIGHEST * self._capacity,
+            )
+            for name in contenders
+        }
+        results: list[Result] = []
+        while due := [(contenders[name], rate) for name, s in searches.items() if (rate := s.next_rate) is not None]:
+            runs = self._run_in_turn("rates", due, self._plan.seeds)
+            results += runs
+            for contender, _ in due:
+                share = attainment([run for run in runs if run.matches(policy=contender.name)])
+                searches[contender.name].record(share or 0.0)
+        return searches, results
+
+    def compare(self, rate: float) -> list[Result]:
+        """Everybody at one rate; real-time load alone and best-effort load alone beside them."""
+        be_alone = replace(self._contender("bros"), name="BE alone", has_rt=False)
+        contenders = [*(self._contender(policy) for policy in self._plan.policies), self._alone(), be_alone]
+        return self._run_in_turn("common", [(contender, rate) for contender in contenders], self._plan.seeds)
+
+    def burst(self, rate: float) -> list[Result]:
+        """Ten times the rate for twenty seconds."""
+        results = []
+        arrivals = burst(rate, _BURST_START_S)
+        for seed in self._plan.seeds:
+            for name, flags in _BURST_FLAGS.items():
+                contender = Contender(name, "bros", flags)
+                results.append(self._runner.run("burst", contender, rate, seed, arrivals))
+        return results
+
+    def _contender(self, policy: str) -> Contender:
+        return Contender(policy, policy, self._flags.get(policy, ()))
+
+    def _alone(self) -> Contender:
+        return replace(self._contender("bros"), name="RT alone", has_be=False)
+
+    def _run_in_turn(
+        self, experiment: str, pairs: Sequence[tuple[Contender, float]], seeds: Sequence[int]
+    ) -> list[Result]:
+        """A, B, C, A, B, C: so drift of the machine falls on all alike."""
+        task = self._progress.add_task(f"[bold]{experiment}", total=len(pairs) * len(seeds))
+        results = []
+        for seed in seeds:
+            for contender, rate in pairs:
+                results.append(self._runner.run(experiment, contender, rate, seed))
+                self._progress.advance(task)
+        self._progress.remove_task(task)
+        return results
+
+
+def _limits(budget: int, cap: int) -> tuple[str, ...]:
+    return "--max-batch-prefill-tokens", str(budget), "--max-batch-size", str(cap)
+
+
+def _merit(run: Result) -> tuple[float, float, float]:
+    """What a baseline is tuned for: targets first, then latency (where all miss, it still tells), then work done."""
+    summary = run.summary
+    latency_s = summary.rt_normalised_latency_s
+    return summary.joint_attainment or 0.0, -(latency_s or 1e9), summary.be_tokens_per_s
+
+
+def mean_lengths(lengths: Lengths) -> tuple[float, float]:
+    """Mean prompt and output tokens."""
+    generator = random.Random("mean lengths")
+    draws = [lengths.sample(generator) for _ in range(10_000)]
+    return fmean(prompt for prompt, _ in draws), fmean(output for _, output in draws)
+
+
+def estimated_capacity(latency: UnloadedLatency, lengths: Lengths) -> float:
+    """Requests a second if the device did nothing but these, 32 at a time: where searches begin."""
+    num_prompt_tokens, num_output_tokens = mean_lengths(lengths)
+    return 1 / (latency.ttft_token_s * num_prompt_tokens + latency.decode_step_s / 32 * num_output_tokens)
+
+
+def measured_targets(model: Path, num_threads: int, folder: Path) -> UnloadedLatency:
+    """Measured once for an evaluation, on an idle server without limits, and used for all policies."""
+    path = folder / "targets.json"
+    if not path.exists():
+        with ServerUnderTest(model, num_threads, folder / "targets.log") as server:
+            latency = asyncio.run(targets.measure(server.url))
+        write_json(path, {"latency": asdict(latency), "machine": describe_machine()})
+    return UnloadedLatency(**read_json(path)["latency"])
+
+
+def gates(results: Iterable[Result], goodputs: dict[str, float]) -> list[tuple[str, float | None, str, float]]:
+    """What must hold, from the runs at one rate and the goodputs (empty where none were searched)."""
+    groups = by_label(results, "policy")
+
+    def mean(policy: str, figure: str) -> float | None:
+        value = estimate(run.figure(figure) for run in groups.get(policy, ()))
+        return None if value is None else value.mean
+
+    def ratio(first: float | None, second: float | None) -> float | None:
+        return first / second if first is not None and second else None
+
+    be_ratio = ratio(mean("bros", "be_tokens_per_s"), mean("fcfs", "be_tokens_per_s"))
+    ttft_ratio = ratio(mean("bros", "rt_ttft_p99_s"), mean("RT alone", "rt_ttft_p99_s"))
+    return [
+        ("BE tokens/s, bros / fcfs", be_ratio, ">=", 0.95),
+        ("RT p99 TTFT, bros / RT alone", ttft_ratio, "<=", 2.0),
+        ("RT goodput, bros / RT alone", ratio(goodputs.get("bros"), goodputs.get("RT alone")), ">=", 0.85),
+        ("RT goodput, bros / fcfs", ratio(goodputs.get("bros"), goodputs.get("fcfs")), ">=", 3.0),
+    ]
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one short run each of fcfs, bros and RT alone")
+    parser.add_argument("--policies", nargs="+", default=[*_BASELINES, *_OURS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=_SEEDS)
+    parser.add_argument("--rate", type=float, help="compare at this rate; no tuning and no searches")
+    parser.add_argument("--no-burst", action="store_true")
+    parser.add_argument("--length-scale", type=float, default=_LENGTH_SCALE)
+    parser.add_argument("--slo-scale", type=float, default=_SLO_SCALE)
+    parser.add_argument("--num-be", type=int, default=64)
+    parser.add_argument("--kv-share", type=float, default=0.4)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    default_folder = Path("benchmarks/results/live") / time.strftime("%Y%m%d-%H%M%S")
+    parser.add_argument("--folder", type=Path, default=default_folder, help="one that exists is gone on with")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run the evaluation and print its tables."""
+    from bros_benchmarks.checkpoint import SMOLLM2_135M, make_checkpoint  # loads torch: for this alone
+
+    options = _parse()
+    folder: Path = options.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    model = make_checkpoint(SMOLLM2_135M, Path("benchmarks/results"))
+    console = Console(width=200)
+    latency = measured_targets(model, options.threads, folder)
+    rt_lengths = SHAREGPT.scaled(options.length_scale).cut(_MAX_TOTAL_TOKENS)
+    setup = LiveSetup(
+        model=model,
+        num_threads=options.threads,
+        rt_lengths=rt_lengths,
+        be_lengths=BE.scaled(options.length_scale),
+        targets=ScaledTargets(latency, options.slo_scale),
+        num_be=options.num_be,
+        kv_share=options.kv_share,
+    )
+    capacity = estimated_capacity(latency, rt_lengths)
+    plan = Plan(tuple(options.policies), tuple(options.seeds), options.rate, not options.no_burst)
+    if options.quick:
+        setup = replace(setup, warm_up_s=5.0, duration_s=20.0, drain_s=30.0)
+        plan = Plan(("fcfs", "bros"), plan.seeds[:1], plan.rate or 0.4 * capacity, False)
+    console.print(
+        f"targets at scale {options.slo_scale:g}: TTFT {options.slo_scale * latency.ttft_fixed_s:.3f} s"
+        f" + {1000 * options.slo_scale * latency.ttft_token_s:.2f} ms a prompt token,"
+        f" TPOT {options.slo_scale * latency.decode_step_s:.3f} s; KV region {setup.num_kv_slots} tokens;"
+        f" estimated capacity {capacity:.2f} RT/s; results in {folder}"
+    )
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, refresh_per_second=1) as progress:
+        evaluate(Evaluation(LiveRunner(setup, folder, progress), progress, plan, capacity), plan, console)
+
+
+def evaluate(evaluation: Evaluation, plan: Plan, console: Console) -> None:
+    """All parts, each printed when it is done."""
+    goodputs: dict[str, float] = {}
+    rate = plan.rate
+    if rate is None:
+        console.print(policy_table("baselines, token budget / sequence cap", evaluation.tune()))
+        searches, results = evaluation.search()
+        console.print(policy_table("goodput search", results))
+        for name, search in searches.items():
+            goodputs[name] = search.goodput(0.99)
+            console.print(f"{name}: goodput {goodputs[name]:.2f}/s at 99 %, {search.goodput(0.90):.2f}/s at 90 %")
+        rate = goodputs.get("bros") or 0.5 * max(goodputs.values())
+    results = evaluation.compare(rate)
+    console.print(policy_table(f"all policies at {rate:.2f} RT/s", results))
+    console.print(gate_table("gates", gates(results, goodputs)))
+    if plan.has_burst:
+        console.print(policy_table("burst: 10 x the rate for 20 s", evaluation.burst(_BURST_BASE_SHARE * rate)))
+
+
+if __name__ == "__main__":
+    main()

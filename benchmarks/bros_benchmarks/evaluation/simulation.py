@@ -1,0 +1,148 @@
+"""One simulated run as a value: everything it depends on, and what it gave."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Final
+
+import bros_router.kv
+import bros_router.scheduling
+import bros_router.simulation
+import bros_shard.block_layout
+import bros_shard.protocol
+from bros_benchmarks.evaluation.bound import Work, done_work, offered_work
+from bros_benchmarks.evaluation.result import Label, Result
+from bros_router.simulation.hardware import HARDWARE, Hardware, Noisy
+from bros_router.simulation.simulator import Run, Setup, simulate
+from bros_router.simulation.workload import (
+    BE,
+    SHAREGPT,
+    ArrivalProcess,
+    BatchDump,
+    ClosedLoop,
+    Lengths,
+    Poisson,
+    Targets,
+    fixed_targets,
+    make_workload,
+)
+from bros_shard.protocol import StepShape
+
+#: A long prompt that has the device to itself is computed in chunks of so many tokens.
+_UNLOADED_CHUNK: Final = 2048
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Simulation:
+    """The paper's set-up unless told otherwise. Two that are equal give the same result."""
+
+    #: A name of `HARDWARE`.
+    hardware: str = "opt-13b"
+    setup: Setup = field(default_factory=Setup)
+    arrivals: ArrivalProcess = field(default_factory=lambda: Poisson(1.0))
+    rt_lengths: Lengths = SHAREGPT
+    #: How many are in the system is our choice: as many as the KV region holds, about.
+    be: ClosedLoop | tuple[BatchDump, ...] = field(default_factory=lambda: ClosedLoop(64, BE, is_grouped=True))
+    #: (TTFT, TPOT) in seconds (the paper's for OPT), or a multiple of what the idle device needs.
+    targets: tuple[float, float] | float = (0.4, 0.2)
+    seed: int = 1
+    warm_up_s: float = 60.0
+    duration_s: float = 600.0
+    #: Long enough for the longest reply that keeps its target to the last token.
+    drain_s: float = 420.0
+    #: Standard deviation of the logarithm of step times: devices are not exact, and neither is the scheduler's model.
+    noise: float = 0.03
+    #: Whether the course of the run is kept, not only its sums.
+    keeps_series: bool = False
+
+    @property
+    def digest(self) -> str:
+        """Names the run by all that it depends on, the code apart."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:20]
+
+    def with_rate(self, rate: float) -> Simulation:
+        """The same under Poisson arrivals at this rate."""
+        return replace(self, arrivals=Poisson(rate))
+
+    def execute(self, labels: dict[str, Label] | None = None) -> Result:
+        """Run it."""
+        hardware = HARDWARE[self.hardware]
+        targets = self.targets
+        workload = make_workload(
+            self.seed,
+            arrivals=self.arrivals,
+            rt_lengths=self.rt_lengths,
+            targets=fixed_targets(*targets) if isinstance(targets, tuple) else scaled_targets(hardware, targets),
+            be=self.be,
+            duration_s=self.duration_s,
+            warm_up_s=self.warm_up_s,
+            drain_s=self.drain_s,
+        )
+        run = simulate(workload, self.setup, Noisy(hardware, self.noise, self.seed))
+        return Result(labels or {}, run.summary(), _extra(run), _series(run) if self.keeps_series else {})
+
+
+def scaled_targets(hardware: Hardware, scale: float) -> Targets:
+    """Multiples of the unloaded latency: a prompt alone, in chunks; a step that decodes 32 sequences, of 512 tokens."""
+    decode_s = hardware.seconds(StepShape(num_decode_sequences=32, decode_context_tokens=32 * 512))
+
+    def targets(num_prompt_tokens: int) -> tuple[float, float]:
+        starts = range(0, num_prompt_tokens, _UNLOADED_CHUNK)
+        chunks = [(start, min(_UNLOADED_CHUNK, num_prompt_tokens - start)) for start in starts]
+        ttft_s = sum(hardware.seconds(StepShape().with_sequence(start, size)) for start, size in chunks)
+        return scale * ttft_s, scale * decode_s
+
+    return targets
+
+
+def _extra(run: Run) -> dict[str, float | None]:
+    """What the records and the log of steps tell beyond the summary."""
+    start_s, stop_s = run.workload.start_s, run.workload.stop_s
+    [log] = run.logs
+    offered = offered_work(run.records, start_s, stop_s)
+    missing = offered - done_work(run.records, start_s, stop_s)
+    return {
+        "rt_kv_share": log.mean_rt_kv_share(start_s, stop_s),
+        "busy_share": log.busy_share(start_s, stop_s),
+        "prediction_error": log.prediction_error(start_s, stop_s),
+        "planning_us": 1e6 * sum(log.planning_s) / max(1, len(log)),
+        "num_steps": float(len(log)),
+        "tokens_per_step": sum(log.num_tokens) / max(1, len(log)),
+        "sequences_per_step": sum(log.num_sequences) / max(1, len(log)),
+        **{f"offered_{name}": value for name, value in asdict(offered).items()},
+        **{f"missing_{name}": value for name, value in asdict(missing).items()},
+    }
+
+
+def work_of(result: Result, kind: str) -> Work:
+    """`offered` or `missing` real-time work of a simulated run, a second."""
+    return Work(**{name: result.extra[f"{kind}_{name}"] or 0.0 for name in Work.__dataclass_fields__})
+
+
+def _series(run: Run) -> dict[str, list[float]]:
+    """Real-time requests in order; one without a first token counts until the end."""
+    rt = [record for record in run.records if record.is_rt]
+    return {
+        "offered_s": [record.offered_s for record in rt],
+        "ttft_s": [run.end_s - record.offered_s if (t := record.ttft_s) is None else t for record in rt],
+    }
+
+
+def code_digest() -> str:
+    """Of the source that a simulated run depends on: results of other code are not taken for results of this one."""
+    digest = hashlib.sha256()
+    for module in (bros_router.kv, bros_router.scheduling, bros_router.simulation):
+        for folder in module.__path__:
+            for path in sorted(Path(folder).rglob("*.py")):
+                digest.update(path.read_bytes())
+    for module in (bros_shard.protocol, bros_shard.block_layout):
+        digest.update(_source(module).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _source(module: ModuleType) -> Path:
+    assert module.__file__ is not None
+    return Path(module.__file__)

@@ -1,0 +1,267 @@
+"""One simulated replica: the server's own scheduler, and devices that take as long as the hardware says."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from bros_router.admission import AdmissionController
+from bros_router.kv.kv_manager import KVManager
+from bros_router.planning_guard import PlanningGuard
+from bros_router.request import OverloadedError, RefusedError, RequestClass, ValidRequest
+from bros_router.scheduling.latency_model import LatencyModel
+from bros_router.scheduling.scheduler import Outcome, Scheduler
+from bros_router.scheduling.sequence import Sequence
+from bros_router.simulation.hardware import Hardware
+from bros_router.simulation.record import Ending, RequestRecord
+from bros_router.simulation.step_log import StepLog
+from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult, StepShape
+
+#: Every token of every sequence. Which one does not matter: nobody stops early.
+_TOKEN_ID: Final = 1
+_SAMPLING: Final = SamplingParams()
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How the step loop between the router and its ranks keeps time."""
+
+    #: Steps that were sent and are not committed: 1, or 2 as in the server.
+    max_steps_in_flight: int = 2
+    #: From the moment for which a step is planned to its arrival on the ranks.
+    send_s: float = 0.001
+    #: From the end of a step on the ranks to its tokens.
+    return_s: float = 0.0005
+
+
+@dataclass(slots=True)
+class _Step:
+    plan: StepPlan
+    results: list[SequenceResult]
+    #: Predicted time of its real-time decodes, were they alone.
+    rt_decode_s: float
+    start_s: float
+    end_s: float
+    #: How long the devices had nothing to do before it.
+    idle_s: float
+    #: They had nothing to do for want of work, not because this plan came late.
+    is_resuming: bool
+    #: Position in the log.
+    index: int
+
+
+class Replica:
+    """One scheduler and its devices. Time is an argument; `next_s` says when it wants to be called."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        kv: KVManager,
+        model: LatencyModel,
+        admission: AdmissionController,
+        hardware: Hardware,
+        timing: Timing,
+    ) -> None:
+        self.log = StepLog()
+        self.scheduler = scheduler
+        self.model = model
+        #: Accepted requests that have not ended: how many, how many tokens they grow to, and how many prompt tokens
+        #: of real-time ones without a first token are among these.
+        self.num_requests = 0
+        self.num_tokens = 0
+        self.num_rt_prompt_tokens = 0
+        self._kv = kv
+        self._admission = admission
+        self._hardware = hardware
+        self._timing = timing
+        self._guard = PlanningGuard()
+        self._open: dict[int, tuple[Sequence, RequestRecord]] = {}
+        self._results: dict[int, SequenceResult] = {}
+        #: Real-time ones that have no token yet and may still be relegated.
+        self._hopeful: dict[int, Sequence] = {}
+        self._prompts: dict[int, tuple[int, ...]] = {}
+        self._num_submitted = 0
+        self._steps: deque[_Step] = deque()
+        #: When the devices have done all that was sent to them.
+        self._free_s = 0.0
+        #: When to plan; infinity: not before something happens.
+        self._plan_s = math.inf
+        self._is_resuming = True
+
+    @property
+    def next_s(self) -> float:
+        """When `advance` has something to do; infinity where only a request can change anything."""
+        return min(self._plan_s, self._commit_s)
+
+    def free_s(self, now_s: float) -> float:
+        """When the devices are predicted to have done all that was sent to them."""
+        return self.scheduler.free_at_s(now_s)
+
+    def submit(self, record: RequestRecord, now_s: float) -> None:
+        """Accept a request, or reject it: admission refuses it, or it can never fit."""
+        request = self._validated(record)
+        num_tokens = len(request.prompt_token_ids) + request.max_new_tokens
+        record.ending = Ending.REJECTED
+        if num_tokens > min(self._hardware.max_length, self._kv.num_blocks * self._kv.block_size):
+            return
+        try:
+            terms = self._admission.judge(request, now_s)
+        except (OverloadedError, RefusedError):
+            return
+        record.ending = Ending.UNFINISHED
+        sequence_id = self._num_submitted
+        self._num_submitted += 1
+        sequence = Sequence(
+            sequence_id,
+            terms.request_class,
+            request.prompt_token_ids,
+            request.sampling,
+            request.max_new_tokens,
+            eos_token_ids=frozenset(),
+            arrival_s=record.offered_s,
+            targets=terms.targets,
+            is_late=terms.is_degraded,
+        )
+        self._open[sequence_id] = (sequence, record)
+        self._results[sequence_id] = SequenceResult(sequence_id, _TOKEN_ID)
+        self.num_requests += 1
+        self.num_tokens += num_tokens
+        self.num_rt_prompt_tokens += sequence.num_prompt_tokens if record.is_rt else 0
+        if record.is_rt and not sequence.is_late:
+            self._hopeful[sequence_id] = sequence
+        self._admission.accepted(sequence_id, request, terms, now_s)
+        self.scheduler.add(sequence)
+        if self._plan_s == math.inf and len(self._steps) < self._timing.max_steps_in_flight:
+            self._plan_s = self._due_s(now_s)
+
+    def advance(self, now_s: float, on_end: Callable[[RequestRecord], None]) -> None:
+        """Do what is due: take in the tokens of a step, plan the next one, or both.
+
+        Args:
+            on_end: told of every request that ended.
+        """
+        if self._commit_s <= now_s:
+            self._commit(now_s, on_end)
+        if self._plan_s <= now_s:
+            self._plan(now_s)
+
+    def stop(self) -> None:
+        """The run is over: note on those that have not ended whether they were relegated."""
+        for sequence, record in self._open.values():
+            record.was_relegated = sequence.is_late
+
+    @property
+    def _commit_s(self) -> float:
+        return self._steps[0].end_s + self._timing.return_s if self._steps else math.inf
+
+    def _due_s(self, now_s: float) -> float:
+        """When to plan the next step: just in time, or at once where none runs."""
+        if not self._steps:
+            return now_s
+        return max(now_s, self.free_s(now_s) - self._guard.seconds)
+
+    def _plan(self, now_s: float) -> None:
+        self._plan_s = math.inf
+        began_s = time.perf_counter()
+        plan = self.scheduler.plan(now_s)
+        planning_s = time.perf_counter() - began_s
+        if plan is None:
+            self._is_resuming = not self._steps
+            return
+        planned = self.scheduler.last_step
+        assert planned is not None
+        shape = planned.shape
+        seconds = self._hardware.seconds(shape)
+        start_s = max(now_s + self._timing.send_s, self._free_s)
+        step = _Step(
+            plan,
+            # One too many does no harm: the scheduler knows for which sequences the step samples a token.
+            [self._results[part.sequence_id] for part in plan.sequences],
+            self._rt_decode_s(plan),
+            start_s,
+            start_s + seconds,
+            start_s - self._free_s,
+            self._is_resuming,
+            len(self.log),
+        )
+        self._steps.append(step)
+        self._free_s = step.end_s
+        self._is_resuming = False
+        self.log.add(
+            start_s,
+            seconds,
+            planned.predicted_s,
+            len(plan.sequences),
+            shape.num_prefill_tokens + shape.num_decode_sequences,
+            self._kv.num_used_blocks(RequestClass.RT) / self._kv.num_blocks,
+            planning_s,
+        )
+        if len(self._steps) < self._timing.max_steps_in_flight:
+            self._plan_s = self._due_s(now_s)
+        for sequence_id in [key for key, sequence in self._hopeful.items() if sequence.is_late]:
+            del self._hopeful[sequence_id]
+            self._admission.relegated(sequence_id)
+
+    def _rt_decode_s(self, plan: StepPlan) -> float:
+        num_sequences = num_tokens = 0
+        for part in plan.sequences:
+            if part.num_tokens == 1 and self._open[part.sequence_id][1].is_rt:
+                num_sequences += 1
+                num_tokens += part.num_computed_tokens + 1
+        if num_sequences == 0:
+            return 0.0
+        return self.model.predict_s(StepShape(num_decode_sequences=num_sequences, decode_context_tokens=num_tokens))
+
+    def _commit(self, now_s: float, on_end: Callable[[RequestRecord], None]) -> None:
+        step = self._steps.popleft()
+        seconds = step.end_s - step.start_s
+        result = StepResult(step.plan.generation, step.plan.step_id, step.results, seconds, 0.0, seconds, step.idle_s)
+        began_s = time.perf_counter()
+        outcomes = self.scheduler.commit(result, now_s)
+        self.log.planning_s[step.index] += time.perf_counter() - began_s
+        for part in step.plan.sequences:
+            if part.num_tokens > 1:
+                self._admission.progressed(part.sequence_id, part.num_computed_tokens + part.num_tokens, now_s)
+        self._admission.decoded(step.rt_decode_s, now_s)
+        for outcome in outcomes:
+            self._take(outcome, now_s, on_end)
+        if not step.is_resuming:
+            self._guard.note_wait(step.idle_s)
+        self._plan_s = self._due_s(now_s)
+
+    def _take(self, outcome: Outcome, now_s: float, on_end: Callable[[RequestRecord], None]) -> None:
+        """Write a token down."""
+        sequence_id = outcome.sequence.sequence_id
+        sequence, record = self._open[sequence_id]
+        assert outcome.token_id is not None, "simulated devices have no faults"
+        record.token_s.append(now_s)
+        if len(record.token_s) == 1:
+            self._admission.progressed(sequence_id, sequence.num_prompt_tokens, now_s)
+            self._hopeful.pop(sequence_id, None)
+            self.num_rt_prompt_tokens -= sequence.num_prompt_tokens if record.is_rt else 0
+        if outcome.finish_reason is None:
+            return
+        record.ending = Ending.FINISHED
+        record.was_relegated = sequence.is_late
+        self.num_requests -= 1
+        self.num_tokens -= sequence.max_total_tokens
+        self._admission.ended(sequence_id)
+        del self._open[sequence_id], self._results[sequence_id]
+        on_end(record)
+
+    def _validated(self, record: RequestRecord) -> ValidRequest:
+        request = record.request
+        return ValidRequest(
+            request_id="",
+            prompt_token_ids=self._prompts.setdefault(request.num_prompt_tokens, (0,) * request.num_prompt_tokens),
+            sampling=_SAMPLING,
+            max_new_tokens=request.num_output_tokens,
+            ignore_eos=True,
+            request_class=request.request_class,
+            ttft_s=request.ttft_s,
+            tpot_s=request.tpot_s,
+        )
