@@ -19,15 +19,18 @@ import pytest
 import structlog
 from rich.progress import track
 
+from bros_router.admission import AdmissionController
 from bros_router.engine import EngineModel, Reply, StepEngine
 from bros_router.kv.kv_manager import KVManager
 from bros_router.metrics import Metrics
 from bros_router.model_source import demo_model_path
 from bros_router.rank_group import RankGroup
 from bros_router.request import RequestClass, ValidRequest
-from bros_router.scheduling.policies import FirstComeFirstServed
-from bros_router.scheduling.scheduler import Scheduler, SchedulerLimits
+from bros_router.scheduling.latency_model import LatencyModel
+from bros_router.scheduling.policies.registry import PolicyOptions, make_policy
+from bros_router.scheduling.scheduler import Scheduler
 from bros_router.scheduling.sequence import SequenceState
+from bros_router.scheduling.step_draft import SchedulerLimits
 from bros_router.shard_client import ShardGroup
 from bros_router.tokenizer import Tokenizer
 from bros_shard.options import ShardOptions
@@ -42,14 +45,19 @@ MAX_GROWTH_BYTES = 5 << 20
 class CheckedScheduler(Scheduler):
     """The scheduler, with its books checked after every plan and every commit."""
 
-    def __init__(self, kv: KVManager) -> None:
-        super().__init__(FirstComeFirstServed(), kv, SchedulerLimits(MAX_BATCH_TOKENS, max_num_sequences=12))
+    def __init__(self, kv: KVManager, model: LatencyModel) -> None:
+        limits = SchedulerLimits(MAX_BATCH_TOKENS, max_num_sequences=12)
+        super().__init__(make_policy("bros", model, limits, PolicyOptions()), kv, model, limits)
         self.checked_kv = kv
-        self.num_checks = 0
+        self.num_checks = self.num_copied_out = self.num_copied_in = self.num_moved = 0
 
     def plan(self, now_s):
         plan = super().plan(now_s)
         self._check()
+        if plan is not None:
+            self.num_copied_out += len(plan.copies_out)
+            self.num_copied_in += len(plan.copies_in)
+            self.num_moved += len(plan.tail_moves)
         return plan
 
     def commit(self, result, now_s):
@@ -128,6 +136,7 @@ class Clients:
             max_new_tokens=self._random.randrange(1, 50),
             stop_sequences=self._random.choice([(), (" the",)]),
             request_class=self._random.choice(list(RequestClass)),
+            ttft_s=self._random.choice([None, 0.05, 1.0]),
         )
 
 
@@ -155,17 +164,21 @@ async def test_random_ends_lose_nothing(tmp_path, quiet_log):
         model_id="demo",
         block_size=16,
         kv_slots_limit=1200,  # too few for twelve long sequences: some are preempted
+        host_memory_bytes=1 << 20,
         max_batch_tokens=MAX_BATCH_TOKENS,
         num_threads=1,
     )
     async with RankGroup(ShardGroup(endpoint, 1), lambda _: [options], lambda rank, line: None) as ranks:
         shards = ranks.shards
-        hello = (await ranks.start()).hello
-        kv = KVManager(hello.num_blocks, hello.block_size)
-        scheduler = CheckedScheduler(kv)
+        info = await ranks.start()
+        hello = info.hello
+        kv = KVManager(hello.num_blocks, hello.block_size, hello.num_host_blocks)
+        latency_model = LatencyModel(info.profile.points)
+        scheduler = CheckedScheduler(kv, latency_model)
         tokenizer = Tokenizer(demo_model_path() / "tokenizer.json")
         model = EngineModel(tokenizer, frozenset({0}), hello.vocab_size)
-        engine = StepEngine(scheduler, kv, shards, model, Metrics())
+        admission = AdmissionController(latency_model, MAX_BATCH_TOKENS)
+        engine = StepEngine(scheduler, kv, latency_model, admission, shards, model, Metrics())
         running = asyncio.create_task(engine.run())
         clients = Clients(engine, hello.vocab_size)
 
@@ -178,6 +191,7 @@ async def test_random_ends_lose_nothing(tmp_path, quiet_log):
         growth_bytes = resident_bytes(pids) - before_bytes
 
         print(f"\nends: {dict(clients.ends)}; checks: {scheduler.num_checks}; growth: {growth_bytes / 2**20:.1f} MiB")
+        print(f"copied out: {scheduler.num_copied_out}, in: {scheduler.num_copied_in}; moved: {scheduler.num_moved}")
         assert not running.done()
         assert kv.num_free_blocks == kv.num_blocks
         assert sum(clients.ends.values()) == NUM_REQUESTS // 5 + NUM_REQUESTS

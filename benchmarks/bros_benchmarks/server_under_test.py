@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final
@@ -18,8 +19,13 @@ _STOP_TIMEOUT_S: Final = 60.0
 class ServerUnderTest:
     """The launcher on a free port of the loopback, ready when this is made. Leaving the `with` block stops it."""
 
-    def __init__(self, model: Path, num_threads: int, log: Path, *flags: str) -> None:
+    def __init__(
+        self, model: Path, num_threads: int, log: Path, *flags: str, program: Sequence[str] = ("-m", "bros_router")
+    ) -> None:
         """Start it with further `flags`. What it says goes to the file `log`.
+
+        Args:
+            program: what Python runs: the server, or something that wraps it.
 
         Raises:
             RuntimeError: it did not become ready; the message ends with what it said last.
@@ -27,7 +33,7 @@ class ServerUnderTest:
         # A file, not a pipe: nobody reads while requests run, and a full pipe would stop the server.
         self._log = log
         self.command = (
-            *(sys.executable, "-m", "bros_router", "serve", "--json-output", "--model-id", str(model)),
+            *(sys.executable, *program, "serve", "--json-output", "--model-id", str(model)),
             *("--hostname", "127.0.0.1", "--port", "0", "--cpu-threads", str(num_threads), *flags),
         )
         with self._log.open("w") as output:

@@ -20,7 +20,7 @@ log = structlog.get_logger("bros_router")
 
 def main() -> None:
     """`bros`: serve, download-weights, env."""
-    group = click.Group("bros", help="Serve language models to real-time and best-effort requests at once.")
+    group = _Commands("bros", help="Serve language models to real-time and best-effort requests at once.")
     group.add_command(serve_command(run))
     group.add_command(download_command(download))
     group.add_command(click.Command("env", callback=show_environment, help="Show what the server would run on."))
@@ -65,6 +65,22 @@ def _serve(invocation: Invocation) -> None:
     from bros_router.server import serve
 
     uvloop.run(serve(config, listener))
+
+
+class _Commands(click.Group):
+    """The commands of `bros`. The simulator takes a moment to import, so it is loaded for who asks for it."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """Names, in order."""
+        return sorted([*super().list_commands(context), "simulate"])
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """The command of that name."""
+        if name != "simulate":
+            return super().get_command(context, name)
+        from bros_router.simulation.command import simulate_command
+
+        return simulate_command()
 
 
 def _download(model: ModelConfig, hub: HubConfig) -> None:

@@ -399,6 +399,7 @@ class StepEngine:
     def _observe_token(self, reply: Reply, now_s: float) -> None:
         sequence = reply.sequence
         if reply.last_token_s is None:
+            self._admission.progressed(sequence.sequence_id, sequence.num_prompt_tokens, now_s)
             self._metrics.observe_ttft(sequence.request_class, now_s - sequence.arrival_s)
         else:
             self._metrics.observe_inter_token(sequence.request_class, now_s - reply.last_token_s)

@@ -109,6 +109,20 @@ def test_step_with_best_effort_work_stays_short_for_the_request_that_may_come():
     assert bench.step() == [(2, 0, 80)]
 
 
+def test_example_of_the_documentation():
+    """docs/scheduling.md walks through these steps."""
+    bench = Bench()
+    a = bench.add(RT, 16, ttft_s=1.0, tpot_s=0.1)
+    bench.step()
+    begin_s = bench.now_s
+    b = bench.add(RT, 48, ttft_s=0.2, tpot_s=0.1)
+    c = bench.add(BE, 400)
+    assert bench.step() == [(a.sequence_id, 16, 1), (b.sequence_id, 0, 48)]
+    assert bench.now_s - begin_s == pytest.approx(0.059)
+    assert bench.step() == [(a.sequence_id, 17, 1), (b.sequence_id, 48, 1), (c.sequence_id, 0, 32)]
+    assert bench.now_s - begin_s == pytest.approx(0.103)
+
+
 def test_without_real_time_requests_best_effort_gets_the_whole_budget():
     bench = Bench()
     bench.add(BE, 400)

@@ -139,9 +139,9 @@ def test_what_was_saved_comes_back_in_order_up_to_the_first_gap(kv):
 
 def test_block_with_a_copy_is_taken_at_no_cost_and_the_copy_is_used_again(kv):
     grow(kv, 1, BE, 16)
-    assert kv.first_unsaved_block(1, 16) == 1
+    assert kv.newest_unsaved_block(1, 16) == 1
     kv.checkpoint(1, 1)
-    assert kv.first_unsaved_block(1, 16) == 0
+    assert kv.newest_unsaved_block(1, 16) == 0
     assert kv.take_copies().out == [HostCopy(reversed_entry(2), 0, 8)]
     assert kv.num_tokens_to_save(1, 16) == 0
     kv.take_last_block(1, 16, is_saved=True)
@@ -159,7 +159,7 @@ def test_copy_that_is_spare_gives_way_to_one_that_is_needed(kv):
     assert not kv.has_unused_host_block
     kv.take_last_block(2, 16, is_saved=True)
     assert kv.take_copies().out == [HostCopy(reversed_entry(0), 0, 8)]  # was the copy of sequence 1's first block
-    assert kv.first_unsaved_block(1, 16) == 0
+    assert kv.newest_unsaved_block(1, 16) == 0
 
 
 def test_without_a_host_block_nothing_is_saved():

@@ -182,6 +182,15 @@ def test_nothing_taken_means_nothing_said() -> None:
     assert model.predict_s(GRID[0]) == pytest.approx(0.5)
 
 
+def test_a_step_of_nothing_is_predicted_too() -> None:
+    """Where all seen steps are explained by their tokens, nothing is left for the step itself."""
+    model = LatencyModel()
+    for num_tokens in (100, 200, 300, 400) * 50:
+        model.observe(StepShape(num_prefill_tokens=num_tokens), 0.001 * num_tokens)
+    model.observe(StepShape(), 1e-9)
+    assert model.predict_s(StepShape()) > 0.0
+
+
 shapes = st.builds(
     StepShape,
     num_prefill_tokens=st.integers(0, 5000),

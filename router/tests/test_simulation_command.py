@@ -70,7 +70,7 @@ def test_replicas_share_the_rate():
 def test_hardware_may_be_a_file_of_measured_steps(tmp_path):
     points = profile(HARDWARE["llama-3-8b"])
     path = tmp_path / "steps.json"
-    path.write_bytes(msgspec.json.encode(Measurement("measured", 20_000, 0, 4096, True, points)))
+    path.write_bytes(msgspec.json.encode(Measurement("measured", 20_000, 0, 4096, points)))
     said = report("--hardware", str(path), "--scheduler", "fcfs", "--slo-scale", "5")
     assert said["hardware"] == "measured"
 

@@ -40,6 +40,8 @@ NO_TOKEN_FAULT: Final = "the model produced no valid token"
 #: Warming up begins no further scene after this long: measuring a grid, or playing the quick one once.
 _MEASURING_BUDGET_S: Final = {"quick": 3.5, "full": 26.0}
 _PLAYING_BUDGET_S: Final = 2.0
+#: Known step times are measured anew where steps take this many times as long, or as short.
+_LARGEST_CHANGE: Final = 3.0
 
 log = structlog.get_logger()
 
@@ -128,35 +130,42 @@ class Worker:
         """
         grid = self.options.profile_grid
         cache = ProfileCache(self._profile_key())
-        points = cache.load(grid) if self.options.rank == 0 else []
-        is_known = self.options.rank > 0 or bool(points)
-        if self._parallel.minimum(is_known, self._device):
-            self._rehearse("quick", _PLAYING_BUDGET_S, Rehearsal.play)
-            return points
-        points = self._rehearse(grid, _MEASURING_BUDGET_S[grid], Rehearsal.measure)
-        if self.options.rank == 0:
+        # Rank 0 decides for all: they must run the same steps.
+        is_deciding = self.options.rank == 0
+        points = cache.load(grid) if is_deciding else []
+        if self._all_agree(not is_deciding or bool(points)):
+            played = self._rehearse(self._scenes("quick"), _PLAYING_BUDGET_S, Rehearsal.play)
+            if self._all_agree(not is_deciding or _are_alike(points, played)):
+                return points
+        scenes = self._scenes(grid)
+        points = self._rehearse(scenes, _MEASURING_BUDGET_S[grid], Rehearsal.measure)
+        if is_deciding and 2 * len(points) >= len(scenes):  # else the machine was too busy, or the model is too large
             cache.store(grid, points)
         return points
 
+    def _scenes(self, grid: str) -> list[Scene]:
+        num_host_slots = self.cache.num_host_blocks * self.cache.block_size
+        return profiled_scenes(grid, self.max_length, self.options.max_batch_tokens, num_host_slots)
+
     def _rehearse(
-        self, grid: str, budget_s: float, run: Callable[[Rehearsal, Scene], float]
+        self, scenes: list[Scene], budget_s: float, run: Callable[[Rehearsal, Scene], float]
     ) -> list[tuple[StepShape, float]]:
-        """Run a grid's scenes until the budget is spent on any rank. Returns their shapes and seconds."""
+        """Run scenes until the budget is spent on any rank. Returns their shapes and seconds."""
         rehearsal = self._rehearsal()
-        block_size = self.cache.block_size
-        num_host_slots = self.cache.num_host_blocks * block_size
-        scenes = profiled_scenes(grid, self.max_length, self.options.max_batch_tokens, num_host_slots)
         points = []
         started_s = time.monotonic()
         for index, scene in enumerate(scenes):
-            is_in_time = time.monotonic() - started_s < budget_s
-            if not self._parallel.minimum(is_in_time, self._device):
+            if not self._all_agree(time.monotonic() - started_s < budget_s):
                 break
             self._on_progress("warming", index, len(scenes))
-            self.cache.touch(scene.num_blocks(block_size))
+            self.cache.touch(scene.num_blocks(self.cache.block_size))
             points.append((scene.shape(), run(rehearsal, scene)))
         self._on_progress("warming", len(scenes), len(scenes))
         return points
+
+    def _all_agree(self, is_true: bool) -> bool:
+        """Whether it is true on every rank."""
+        return bool(self._parallel.minimum(is_true, self._device))
 
     def _profile_key(self) -> dict[str, str]:
         """All that a step's time depends on, and which scenes are measured. Weights are not: any would do."""
@@ -286,6 +295,13 @@ class Worker:
 
     def _rehearsal(self) -> Rehearsal:
         return Rehearsal(self.execute, self.cache.num_blocks, self.cache.block_size)
+
+
+def _are_alike(known: list[tuple[StepShape, float]], played: list[tuple[StepShape, float]]) -> bool:
+    """Whether steps still take about as long as what is known says: the machine may have been busy, or changed."""
+    known_s = dict(known)
+    ratios = sorted(seconds / known_s[shape] for shape, seconds in played if known_s.get(shape))
+    return bool(ratios) and 1 / _LARGEST_CHANGE <= ratios[len(ratios) // 2] <= _LARGEST_CHANGE
 
 
 def _result(sequence_id: int, token_id: int, logprob: float, is_valid: bool) -> SequenceResult:

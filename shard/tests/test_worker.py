@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -361,7 +362,8 @@ def test_warm_up_measures_steps_and_leaves_nothing(reference, make_worker, scrip
     assert router.run() == [expected.outputs[3]]
 
 
-def test_a_second_start_measures_nothing_and_says_the_same(reference, make_worker) -> None:
+def test_a_second_start_measures_nothing_and_says_the_same(reference, make_worker, monkeypatch) -> None:
+    monkeypatch.setattr(worker_module, "_LARGEST_CHANGE", math.inf)  # however busy the machine is by then
     path = reference("llama").path
     first = make_worker(path).warm_up()
     assert make_worker(path).warm_up() == first
@@ -369,6 +371,18 @@ def test_a_second_start_measures_nothing_and_says_the_same(reference, make_worke
     full = make_worker(path, profile_grid="full").warm_up()
     assert len(full) > len(first)
     assert make_worker(path).warm_up() == full
+
+
+def test_step_times_that_no_longer_hold_are_measured_anew(reference, make_worker, cache_home) -> None:
+    path = reference("llama").path
+    first = make_worker(path).warm_up()
+    (kept,) = cache_home.rglob("*.json")
+    measured = json.loads(kept.read_bytes())
+    slow = [[shape, 1000.0 * seconds] for shape, seconds in measured["points"]]
+    kept.write_text(json.dumps(measured | {"points": slow}))
+    second = make_worker(path).warm_up()
+    assert sum(seconds for _, seconds in second) < 500 * sum(seconds for _, seconds in first)
+    assert json.loads(kept.read_bytes())["points"] != slow
 
 
 def test_host_pool_is_sized_by_bytes_or_as_the_region(reference, make_worker) -> None:

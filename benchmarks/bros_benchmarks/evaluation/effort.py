@@ -35,13 +35,13 @@ FULL: Final = Effort()
 #: For scenarios beside the paper's own.
 LIGHT: Final = Effort(
     policies=("bros", "fcfs", "priority", "edf", "static"),
-    budgets=(1024, 2048),
+    budgets=(2048,),
     caps=(256,),
     static_be=(16, 64),
     seeds=(1, 2),
-    duration_s=180.0,
+    duration_s=120.0,
     short_seeds=(1,),
-    short_s=90.0,
+    short_s=60.0,
 )
 #: A smoke test: the figures of one scenario in a few minutes.
 QUICK: Final = Effort(

@@ -20,10 +20,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from bros_benchmarks.evaluation.recorder import read_json
-from bros_benchmarks.evaluation.result import Estimate, Result, attainment, by_label, estimate, read_results
+from bros_benchmarks.evaluation.result import Result, attainment, by_label, estimate, read_results
 from bros_router.simulation.record import percentile
 
-#: The same in every figure; policies that are not here take what is left.
+#: The same in every figure.
 _COLOURS: Final = {
     "bros": "tab:blue",
     "bros-paper": "tab:cyan",
@@ -35,8 +35,12 @@ _COLOURS: Final = {
     "static": "tab:olive",
     "RT alone": "black",
     "BE alone": "grey",
+    "bros, block": "navy",
+    "bros, recompute": "teal",
+    "bros, cap reset": "teal",
+    "bros, cap off": "navy",
 }
-_OTHER_COLOURS: Final = ("tab:pink", "tab:gray", "gold", "navy", "teal", "salmon", "indigo", "darkgreen")
+_OTHER_COLOUR: Final = "tab:pink"
 
 #: Columns and rows of the CSV beside a figure.
 Rows: TypeAlias = list[tuple[object, ...]]
@@ -74,7 +78,8 @@ def draw_all(folder: Path) -> list[Path]:
             drawing = draw(group)
             if drawing is not None:
                 drawn.append(drawing.write(folder / "figures" / f"{name}{suffix}.png"))
-    for path in sorted(folder.glob("cost.json")):
+    path = folder / "cost.json"
+    if path.exists():
         drawn.append(draw_cost(read_json(path)).write(folder / "figures" / "F8-scheduler-cost.png"))
     return drawn
 
@@ -91,7 +96,8 @@ def draw_latency(results: Sequence[Result]) -> Drawing | None:
 
 def draw_attainment(results: Sequence[Result]) -> Drawing | None:
     """F2: shares of real-time requests inside their targets, over their rate."""
-    panels = [(f"{kind}_attainment", f"{kind} attainment (%)", 100.0, "linear") for kind in ("ttft", "tpot", "joint")]
+    kinds = {"ttft": "TTFT", "tpot": "TPOT", "joint": "joint"}
+    panels = [(f"{kind}_attainment", f"{name} attainment (%)", 100.0, "linear") for kind, name in kinds.items()]
     return _over_rate(_of(results, "rates"), panels)
 
 
@@ -178,28 +184,36 @@ def draw_pareto(results: Sequence[Result]) -> Drawing | None:
     return Drawing(figure, ("setting", "rate", "joint_attainment_percent", "be_tokens_per_s"), rows)
 
 
+_ABLATION_PANELS: Final = (
+    ("joint_attainment", "joint attainment (%)", 100.0),
+    ("be_tokens_per_s", "best-effort tokens / s", 1.0),
+    ("rt_normalised_latency_s", "RT latency per output token (s)", 1.0),
+)
+
+
 def draw_ablation(results: Sequence[Result]) -> Drawing | None:
     """F6: `bros` with one part at a time switched off."""
     chosen = _of(results, "ablation")
     if not chosen:
         return None
     conditions = by_label(chosen, "condition")
-    figure, grid = plt.subplots(len(conditions), 2, figsize=(11, 3.6 * len(conditions)), squeeze=False)
+    figure, grid = plt.subplots(
+        len(conditions), len(_ABLATION_PANELS), figsize=(15, 3.8 * len(conditions)), squeeze=False
+    )
     rows: Rows = []
     for (condition, group), row in zip(conditions.items(), grid, strict=True):
         variants = by_label(group, "policy")
-        names = [str(name) for name in variants][::-1]
-        shares = [100 * (attainment(variants[name]) or 0.0) for name in names]
-        tokens = [value.mean for name in names if (value := _mean(variants[name], "be_tokens_per_s")) is not None]
-        for axes, values, label in zip(
-            row, (shares, tokens), ("joint attainment (%)", "best-effort tokens / s"), strict=True
-        ):
-            axes.barh(names, values, color=["tab:blue" if name == "bros" else "lightsteelblue" for name in names])
-            axes.set(xlabel=label, title=str(condition))
+        # From the bottom up: what everything is compared with comes on top.
+        names = sorted(map(str, variants), key=lambda name: (name == "bros", name))
+        for axes, (name, text, factor) in zip(row, _ABLATION_PANELS, strict=True):
+            values = [factor * (_pooled(variants[variant], name) or 0.0) for variant in names]
+            colours = ["tab:blue" if variant == "bros" else "lightsteelblue" for variant in names]
+            axes.barh(names, values, color=colours)
+            axes.set(xlabel=text, title=str(condition))
             axes.tick_params(labelsize=8)
             axes.grid(alpha=0.3, axis="x")
-        rows += [(condition, *row) for row in zip(names, shares, tokens, strict=True)]
-    return Drawing(figure, ("condition", "variant", "joint_attainment_percent", "be_tokens_per_s"), rows)
+            rows += [(condition, variant, name, value) for variant, value in zip(names, values, strict=True)]
+    return Drawing(figure, ("condition", "variant", "figure", "value"), rows)
 
 
 def draw_model_error(results: Sequence[Result]) -> Drawing | None:
@@ -241,21 +255,20 @@ def draw_burst(results: Sequence[Result], bin_s: float = 5.0) -> Drawing | None:
     return Drawing(figure, ("policy", "arrival_s", "ttft_p99_s", "num_requests"), rows)
 
 
-def draw_cost(measured: Sequence[Sequence[float]]) -> Drawing:
-    """F8: what planning and committing a step costs, over the length of the queue.
-
-    Args:
-        measured: (number waiting, p50, p99) each, in microseconds.
-    """
+def draw_cost(measured: Sequence[dict[str, float | str]]) -> Drawing:
+    """F8: what planning and committing a step costs, over the length of the queue (`simulated.scheduler_cost`)."""
     figure, axes = plt.subplots(figsize=(6, 3.5))
-    waiting, p50, p99 = zip(*measured, strict=True)
-    axes.plot(waiting, p50, "o-", label="p50")
-    axes.plot(waiting, p99, "s--", label="p99")
+    for policy in dict.fromkeys(row["policy"] for row in measured):
+        rows = [row for row in measured if row["policy"] == policy]
+        waiting = [float(row["num_waiting"]) for row in rows]
+        for name, style in (("p50_us", "o-"), ("p99_us", "s--")):
+            values = [float(row[name]) for row in rows]
+            axes.plot(waiting, values, style, label=f"{policy}, {name[:3]}", color=_colour(policy))
     axes.set(xlabel="requests waiting", ylabel="plan + commit (µs)", xscale="symlog")
-    axes.set_ylim(bottom=0)
-    axes.legend()
+    axes.set_ylim(bottom=0, auto=True)
+    axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    return Drawing(figure, ("num_waiting", "p50_us", "p99_us"), [tuple(row) for row in measured])
+    return Drawing(figure, tuple(measured[0]), [tuple(row.values()) for row in measured])
 
 
 # --- shared
@@ -283,27 +296,30 @@ def _curves(
 
 
 def _points(runs: Iterable[Result], label: str, name: str) -> list[tuple[float, float, float]]:
-    """(place, mean, half width of the confidence interval), ascending; attainment is over all requests together."""
+    """(place, mean, half width of the 95 % confidence interval), ascending."""
     points = []
     for place, group in by_label(runs, label).items():
-        value = _mean(group, name)
-        if value is None:
-            continue
-        pooled = attainment(group, name) if name.endswith("attainment") else None
-        points.append((float(str(place)), value.mean if pooled is None else pooled, value.half_width or 0.0))
+        value = estimate(run.figure(name) for run in group)
+        pooled = _pooled(group, name)
+        if value is not None and pooled is not None:
+            points.append((float(str(place)), pooled, value.half_width or 0.0))
     return sorted(points)
 
 
 def _finish(axes: Axes, x_text: str, y_text: str, scale: str) -> None:
     axes.set(xlabel=x_text, ylabel=y_text, yscale=scale)
     if scale == "linear":
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0, auto=True)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
 
 
-def _mean(runs: Iterable[Result], name: str) -> Estimate | None:
-    return estimate(run.figure(name) for run in runs)
+def _pooled(runs: Sequence[Result], name: str) -> float | None:
+    """The mean over the seeds; attainment is over all of their requests together."""
+    if name.endswith("attainment"):
+        return attainment(runs, name)
+    value = estimate(run.figure(name) for run in runs)
+    return None if value is None else value.mean
 
 
 def _of(results: Iterable[Result], experiment: str) -> list[Result]:
@@ -311,8 +327,7 @@ def _of(results: Iterable[Result], experiment: str) -> list[Result]:
 
 
 def _colour(policy: object) -> str:
-    name = str(policy)
-    return _COLOURS.get(name) or _OTHER_COLOURS[sum(name.encode()) % len(_OTHER_COLOURS)]
+    return _COLOURS.get(str(policy), _OTHER_COLOUR)
 
 
 FIGURES: Final[dict[str, Callable[[Sequence[Result]], Drawing | None]]] = {

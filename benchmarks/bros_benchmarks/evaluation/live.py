@@ -37,9 +37,14 @@ _LENGTH_SCALE: Final = 0.25
 _MAX_TOTAL_TOKENS: Final = 512
 #: Multiple of the unloaded latency that is the target (Sarathi's "strict").
 _SLO_SCALE: Final = 5.0
-#: What each baseline may choose from: (token budget, sequence cap) of a step.
+#: What each baseline may choose from: token budget and sequence cap of a step.
 _BUDGETS: Final = (128, 256, 512)
 _CAPS: Final = (32, 128)
+#: `static` and `priority` have a choice of their own instead of the cap.
+_OWN_CHOICES: Final = {
+    "static": tuple(("--static-be-requests", count) for count in ("4", "8", "16")),
+    "priority": tuple(("--priority-preemption", mode) for mode in ("kv", "full")),
+}
 _BASELINES: Final = ("fcfs", "static", "priority", "edf", "rr", "tgi")
 _OURS: Final = ("bros", "bros-paper")
 _SEEDS: Final = (1, 2, 3)
@@ -50,7 +55,7 @@ _LOWEST, _HIGHEST = 0.02, 4.0
 _BURST_BASE_SHARE: Final = 0.25
 _BURST_START_S: Final = 35.0
 #: `bros` with its batch cap as it is, and held at the maximum.
-_BURST_FLAGS: Final = {"bros": (), "bros, cap off": ("--batch-cap", "off")}
+_BURST_FLAGS: Final = {"bros": (), "bros, cap off": ("--batch-size-control", "off")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +82,18 @@ class Evaluation:
 
     def tune(self) -> list[Result]:
         """Find each baseline's best budget and cap: most requests inside their targets, then the lowest latency."""
-        variants = [
-            replace(self._contender(policy), name=f"{policy} {budget}/{cap}", flags=_limits(budget, cap))
-            for budget in _BUDGETS
-            for cap in _CAPS
-            for policy in self._plan.policies
-            if policy in _BASELINES
-        ]
-        results = self._run_in_turn("tuning", [(variant, 0.5 * self._capacity) for variant in variants], (1,))
-        for policy in _BASELINES:
+        baselines = [policy for policy in self._plan.policies if policy in _BASELINES]
+        variants = [variant for policy in baselines for variant in _variants(policy)]
+        runner = self._runner.shortened(warm_up_s=10.0, duration_s=30.0, drain_s=30.0)
+        pairs = [(variant, 0.5 * self._capacity) for variant in variants]
+        results = self._run_in_turn("tuning", pairs, self._plan.seeds[:1], runner)
+        for policy in baselines:
             tried = [
                 (_merit(run), variant.flags)
                 for variant, run in zip(variants, results, strict=True)
                 if variant.scheduler == policy
             ]
-            if tried:
-                self._flags[policy] = max(tried)[1]
+            self._flags[policy] = max(tried)[1]
         return results
 
     def search(self) -> tuple[dict[str, GoodputSearch], list[Result]]:
@@ -145,21 +146,32 @@ class Evaluation:
         return replace(self._contender("bros"), name="RT alone", has_be=False)
 
     def _run_in_turn(
-        self, experiment: str, pairs: Sequence[tuple[Contender, float]], seeds: Sequence[int]
+        self,
+        experiment: str,
+        pairs: Sequence[tuple[Contender, float]],
+        seeds: Sequence[int],
+        runner: LiveRunner | None = None,
     ) -> list[Result]:
         """A, B, C, A, B, C: so drift of the machine falls on all alike."""
+        runner = runner or self._runner
         task = self._progress.add_task(f"[bold]{experiment}", total=len(pairs) * len(seeds))
         results = []
         for seed in seeds:
             for contender, rate in pairs:
-                results.append(self._runner.run(experiment, contender, rate, seed))
+                results.append(runner.run(experiment, contender, rate, seed))
                 self._progress.advance(task)
         self._progress.remove_task(task)
         return results
 
 
-def _limits(budget: int, cap: int) -> tuple[str, ...]:
-    return "--max-batch-prefill-tokens", str(budget), "--max-batch-size", str(cap)
+def _variants(policy: str) -> list[Contender]:
+    """Every setting of a baseline that is tried."""
+    choices = _OWN_CHOICES.get(policy) or tuple(("--max-batch-size", str(cap)) for cap in _CAPS)
+    return [
+        Contender(f"{policy} {budget} {value}", policy, ("--max-batch-prefill-tokens", str(budget), flag, value))
+        for budget in _BUDGETS
+        for flag, value in choices
+    ]
 
 
 def _merit(run: Result) -> tuple[float, float, float]:
@@ -180,6 +192,17 @@ def estimated_capacity(latency: UnloadedLatency, lengths: Lengths) -> float:
     """Requests a second if the device did nothing but these, 32 at a time: where searches begin."""
     num_prompt_tokens, num_output_tokens = mean_lengths(lengths)
     return 1 / (latency.ttft_token_s * num_prompt_tokens + latency.decode_step_s / 32 * num_output_tokens)
+
+
+def default_setup(model: Path, num_threads: int, latency: UnloadedLatency) -> LiveSetup:
+    """The evaluation as it is run unless told otherwise."""
+    return LiveSetup(
+        model=model,
+        num_threads=num_threads,
+        rt_lengths=SHAREGPT.scaled(_LENGTH_SCALE).cut(_MAX_TOTAL_TOKENS),
+        be_lengths=BE.scaled(_LENGTH_SCALE),
+        targets=ScaledTargets(latency, _SLO_SCALE),
+    )
 
 
 def measured_targets(model: Path, num_threads: int, folder: Path) -> UnloadedLatency:
@@ -220,7 +243,6 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=_SEEDS)
     parser.add_argument("--rate", type=float, help="compare at this rate; no tuning and no searches")
     parser.add_argument("--no-burst", action="store_true")
-    parser.add_argument("--length-scale", type=float, default=_LENGTH_SCALE)
     parser.add_argument("--slo-scale", type=float, default=_SLO_SCALE)
     parser.add_argument("--num-be", type=int, default=64)
     parser.add_argument("--kv-share", type=float, default=0.4)
@@ -240,17 +262,13 @@ def main() -> None:
     model = make_checkpoint(SMOLLM2_135M, Path("benchmarks/results"))
     console = Console(width=200)
     latency = measured_targets(model, options.threads, folder)
-    rt_lengths = SHAREGPT.scaled(options.length_scale).cut(_MAX_TOTAL_TOKENS)
-    setup = LiveSetup(
-        model=model,
-        num_threads=options.threads,
-        rt_lengths=rt_lengths,
-        be_lengths=BE.scaled(options.length_scale),
+    setup = replace(
+        default_setup(model, options.threads, latency),
         targets=ScaledTargets(latency, options.slo_scale),
         num_be=options.num_be,
         kv_share=options.kv_share,
     )
-    capacity = estimated_capacity(latency, rt_lengths)
+    capacity = estimated_capacity(latency, setup.rt_lengths)
     plan = Plan(tuple(options.policies), tuple(options.seeds), options.rate, not options.no_burst)
     if options.quick:
         setup = replace(setup, warm_up_s=5.0, duration_s=20.0, drain_s=30.0)

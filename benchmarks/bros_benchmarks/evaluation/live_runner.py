@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from types import TracebackType
@@ -31,7 +31,10 @@ from bros_router.simulation.workload import (
 #: Who holds the KV region is asked so often: `/metrics` costs the server milliseconds.
 _SAMPLING_S: Final = 5.0
 #: How many of its requests a server relegated, in `/metrics`.
-_RELEGATED: Final = "bros_requests_relegated_total"
+_RELEGATED: Final = "bros_relegations_total"
+#: What Python runs.
+_SERVER: Final = ("-m", "bros_router")
+_RECORDED: Final = ("-m", "bros_benchmarks.evaluation.recorded_server")
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,40 +108,55 @@ class LiveRunner:
         self._folder = folder
         self._progress = progress
 
+    def shortened(self, *, warm_up_s: float, duration_s: float, drain_s: float) -> LiveRunner:
+        """The same with shorter runs."""
+        setup = replace(self.setup, warm_up_s=warm_up_s, duration_s=duration_s, drain_s=drain_s)
+        return LiveRunner(setup, self._folder, self._progress)
+
     def run(
-        self, experiment: str, contender: Contender, rate: float, seed: int, arrivals: ArrivalProcess | None = None
+        self,
+        experiment: str,
+        contender: Contender,
+        rate: float,
+        seed: int,
+        arrivals: ArrivalProcess | None = None,
+        *,
+        records_steps: bool = False,
     ) -> Result:
-        """Start the server, send the workload, stop the server. `arrivals` is Poisson where it is not given."""
-        folder = self._folder / experiment / f"{contender.name}-{rate:.3f}-{seed}"
+        """Start the server, send the workload, stop the server.
+
+        Args:
+            arrivals: Poisson where they are not given.
+            records_steps: whether the shape and the time of each step are kept, in `steps.json`.
+        """
+        folder = self.folder_of(experiment, contender, rate, seed)
         if (folder / "result.json").exists():
             return Result.read(folder / "result.json")
         folder.mkdir(parents=True, exist_ok=True)
+        setup, arrivals = self.setup, arrivals or Poisson(rate)
         machine = describe_machine()
-        workload = self.setup.workload(contender, arrivals or Poisson(rate), seed)
-        setup = self.setup
-        with ServerUnderTest(setup.model, setup.num_threads, folder / "server.log", *setup.flags(contender)) as server:
+        workload = setup.workload(contender, arrivals, seed)
+        program = (*_RECORDED, str(folder / "steps.json")) if records_steps else _SERVER
+        with ServerUnderTest(
+            setup.model, setup.num_threads, folder / "server.log", *setup.flags(contender), program=program
+        ) as server:
             before = server.metrics()
             with _KvSampler(server) as sampler:
                 load = self._send(server, workload, seed, f"{experiment}: {contender.name}, {rate:.2f}/s, seed {seed}")
             after = server.metrics()
         metrics = {name: value - before.get(name, 0.0) for name, value in after.items() if "_bucket" not in name}
-        write_json(
-            folder / "setup.json",
-            {
-                "command": server.command,
-                "seed": seed,
-                "rate": rate,
-                "arrivals": repr(arrivals or Poisson(rate)),
-                "setup": asdict(setup) | {"model": setup.model.name},
-                "machine": machine,
-                "metrics": metrics,
-            },
-        )
+        how = {"command": server.command, "seed": seed, "rate": rate, "arrivals": repr(arrivals)}
+        what = {"setup": asdict(setup) | {"model": setup.model.name}, "machine": machine, "metrics": metrics}
+        write_json(folder / "setup.json", how | what)
         write_records(folder / "records.csv.gz", load.records)
         labels: dict[str, Label] = {"experiment": experiment, "policy": contender.name, "rate": rate, "seed": seed}
         result = _result(labels, workload, load, metrics, sampler)
         result.write(folder / "result.json")
         return result
+
+    def folder_of(self, experiment: str, contender: Contender, rate: float, seed: int) -> Path:
+        """Where a run is kept: `result.json`, `records.csv.gz`, `setup.json`, `server.log`."""
+        return self._folder / experiment / f"{contender.name}-{rate:.3f}-{seed}".replace(" ", "_").replace("/", "_")
 
     def _send(self, server: ServerUnderTest, workload: Workload, seed: int, description: str) -> LiveLoad:
         task = self._progress.add_task(description, total=workload.stop_s)

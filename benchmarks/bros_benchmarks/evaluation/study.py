@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Final
 
@@ -39,6 +39,18 @@ _SHORT_WARM_UP_S: Final = 30.0
 _BE_CONTEXT_TOKENS: Final = 800
 
 
+@dataclass(frozen=True, slots=True)
+class Goodput:
+    """The highest rate that a variant sustains, in requests a second; 0: not even the lowest."""
+
+    variant: Variant
+    #: At 99 % joint attainment, and at 90 %.
+    rate: float
+    rate_90: float
+    #: What best-effort work got at the first of these.
+    be_tokens_per_s: float
+
+
 class Study:
     """One scenario. Every experiment returns its results; all are kept in the folder of the simulations."""
 
@@ -60,20 +72,28 @@ class Study:
                 best[variant.policy] = merit, variant
         return {policy: variant for policy, (_, variant) in best.items()}
 
-    def goodputs(self, variants: Sequence[Variant]) -> dict[str, GoodputSearch]:
-        """By name of the variant."""
+    def goodputs(self, variants: Sequence[Variant]) -> list[Goodput]:
+        """How much each variant sustains; the searches take turns."""
         first = self._scenario.first_rate
         searches = {
             variant.name: GoodputSearch(first, _RATE_RATIO, lowest=0.02 * first, highest=20 * first)
             for variant in variants
         }
         by_name = {variant.name: variant for variant in variants}
+        results: list[Result] = []
         while due := [(by_name[name], rate) for name, s in searches.items() if (rate := s.next_rate) is not None]:
-            results = self._run("search", due, self._effort.short_seeds)
+            runs = self._run("search", due, self._effort.short_seeds)
+            results += runs
             for variant, _ in due:
-                runs = [result for result in results if result.matches(policy=variant.name)]
-                searches[variant.name].record(attainment(runs) or 0.0)
-        return searches
+                share = attainment([run for run in runs if run.matches(policy=variant.name)])
+                searches[variant.name].record(share or 0.0)
+        return [self._goodput(by_name[name], search, results) for name, search in searches.items()]
+
+    def _goodput(self, variant: Variant, search: GoodputSearch, results: Iterable[Result]) -> Goodput:
+        rate = search.goodput(LEVEL)
+        runs = [run for run in results if run.matches(policy=variant.name, rate=rate)]
+        be_tokens_per_s = fmean(run.summary.be_tokens_per_s for run in runs) if runs else 0.0
+        return Goodput(variant, rate, search.goodput(0.90), be_tokens_per_s)
 
     def confirm(self, variant: Variant, rate: float) -> float:
         """The highest rate, from `rate` downwards, at which the long runs hold the level too."""

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Final
 
 from bros_router.kv.block_pool import BlockPool
 from bros_router.kv.host_pool import HostPool
 from bros_router.request import RequestClass
 from bros_shard.block_layout import block_of, forward_entry, num_blocks_for, reversed_entry
 from bros_shard.protocol import HostCopy, TailMove
+
+
+#: How many of a sequence's newest blocks are kept saved ahead of time: what a burst takes at first.
+_NUM_NEWEST: Final = 8
 
 
 class Preemption(str, Enum):
@@ -319,10 +324,11 @@ class KVManager:
         if copy is not None:
             self._host.mark_spare(copy.host_block, sequence_id, index)
 
-    def first_unsaved_block(self, sequence_id: int, num_computed_tokens: int) -> int | None:
-        """Index of the sequence's newest full computed block that has no copy on the host."""
+    def newest_unsaved_block(self, sequence_id: int, num_computed_tokens: int) -> int | None:
+        """Index of a full computed block without a copy on the host, among the newest few of the sequence."""
         owner = self._owners[sequence_id]
-        for index in range(min(num_computed_tokens // self.block_size, len(owner.entries)) - 1, -1, -1):
+        num_full = min(num_computed_tokens // self.block_size, len(owner.entries))
+        for index in range(num_full - 1, max(-1, num_full - 1 - _NUM_NEWEST), -1):
             if index not in owner.host_copies:
                 return index
         return None

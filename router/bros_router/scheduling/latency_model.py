@@ -121,9 +121,8 @@ class LatencyModel:
         self._pace = _drawn_to(pace, self._pace, _PACE_GAIN)
         self._speed = _drawn_to(ratio * self._speed, self._speed, _SPEED_GAIN)
         self._num_observed += 1
-        period = min(
-            _FIT_PERIOD, 1 << (self._num_observed.bit_length() - 1)
-        )  # the first fits: after 1, 2, 4, ... steps
+        # The first fits come after 1, 2, 4, ... steps.
+        period = min(_FIT_PERIOD, 1 << (self._num_observed.bit_length() - 1))
         if self._num_observed % period == 0:
             before_s = self.predict_s(shape)
             self._fit(num_sweeps=10)
@@ -174,8 +173,8 @@ class _Coefficients:
         self.values = values
         self._copies_overlap = copies_overlap
         self._slopes = values[1 : 1 + len(_KNOTS)]
-        #: What a step takes at each knot, before what its sequences add.
-        self._starts = list(accumulate(map(mul, self._slopes, _WIDTHS), initial=values[0]))
+        #: What a step takes at each knot, before what its sequences add. Never nothing: ratios are taken to it.
+        self._starts = list(accumulate(map(mul, self._slopes, _WIDTHS), initial=max(values[0], 1e-9)))
         self._rates = values[1 + len(_KNOTS) :]
 
     def seconds(self, shape: StepShape) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Final, TypeAlias
 
 from bros_router.kv.kv_manager import KVManager, Preemption
 from bros_router.request import RequestClass
@@ -21,6 +21,11 @@ class SchedulerLimits:
     max_batch_tokens: int
     #: Most sequences in one step. TGI's `--max-batch-size`.
     max_num_sequences: int
+
+
+#: Copies that make a step longer by less than this factor are made although it is late as it is: what they save from
+#: being computed anew takes a hundred times as long.
+_NEGLIGIBLE: Final = 1.05
 
 
 #: A sequence and how many of its pending tokens the step computes.
@@ -195,8 +200,10 @@ class StepDraft:
         num_copied = self.kv.num_tokens_to_save(victim.sequence_id, victim.num_computed_tokens)
         is_saved = False
         if num_copied and self.kv.num_free_host_blocks:
-            with_copy = self.shape.with_copies(num_copied)
-            is_saved = self.start_s + self.latency_model.bound_s(with_copy) <= end_s
+            shape = self.shape
+            copied_s = self.latency_model.bound_s(shape.with_copies(num_copied))
+            free_of_copies_s = self.latency_model.bound_s(shape.with_copies(-shape.num_copied_tokens))
+            is_saved = self.start_s + copied_s <= end_s or copied_s <= _NEGLIGIBLE * free_of_copies_s
         victim.num_computed_tokens = self.kv.take_last_block(
             victim.sequence_id, victim.num_computed_tokens, is_saved=is_saved
         )

@@ -118,6 +118,9 @@ def _options() -> list[click.Parameter]:
             ["--admission-policy"], type=click.Choice([item.value for item in AdmissionPolicy]), default="queue"
         ),
         click.Option(["--static-be-requests"], type=click.IntRange(0), default=8, help="For `static`."),
+        click.Option(
+            ["--priority-preemption"], type=click.Choice(["kv", "full"]), default="kv", help="For `priority`."
+        ),
         click.Option(["--block-size"], type=click.IntRange(1), default=16),
         click.Option(
             ["--max-batch-prefill-tokens"], type=click.IntRange(1), default=2048, help="Token budget of a step."
@@ -191,7 +194,10 @@ def _setup_of(hardware: Hardware, values: dict[str, Any]) -> Setup:
     return Setup(
         policy=values["scheduler"],
         options=PolicyOptions(
-            bros=bros, preemption=Preemption(values["kv_preemption"]), static_be_requests=values["static_be_requests"]
+            bros=bros,
+            preemption=Preemption(values["kv_preemption"]),
+            static_be_requests=values["static_be_requests"],
+            priority_preempts_when_full=values["priority_preemption"] == "full",
         ),
         limits=SchedulerLimits(values["max_batch_prefill_tokens"], values["max_batch_size"]),
         block_size=values["block_size"],

@@ -108,6 +108,7 @@ def simulate_fleet(
     on_progress: Callable[[float], None] | None = None,
 ) -> Run:
     """Run `num_replicas` like servers; `hardware(index)` is what each one has."""
-    points = profile(hardware(0))
-    replicas = [make_replica(setup, hardware(index), points) for index in range(num_replicas)]
+    devices = [hardware(index) for index in range(num_replicas)]
+    points = profile(devices[0])
+    replicas = [make_replica(setup, device, points) for device in devices]
     return run(replicas, dispatcher, workload, on_progress)

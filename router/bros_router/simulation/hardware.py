@@ -111,9 +111,10 @@ class Device:
     flop_efficiency: float
 
 
-#: From the vendors' data sheets: memory, bandwidth, dense BF16 peak. Estimates: 25 GB/s of PCIe 4 (its limit is 32)
-#: and the efficiencies. 0.6 on an A100 is common for large matrix products in serving; 0.55 on an H200 puts 1,000
-#: tokens of an 8B model at 30 ms, as the design assumes (peak products alone reach 0.8 there).
+#: Memory, bandwidth and dense BF16 peak are from the vendors' data sheets. The rest are estimates: 25 GB/s of PCIe 4
+#: (which carries 32 at most), on an H200 as well, to be on the safe side of PCIe 5; 0.6 of the peak for what the large
+#: matrix products reach in serving on an A100; 0.55 on an H200, which puts a prefill of 1,000 tokens of an 8B model at
+#: 30 ms.
 A100_40G: Final = Device("A100-40G", 40e9, 1.555e12, 312e12, 25e9, 0.6)
 A100_80G: Final = Device("A100-80G", 80e9, 2.039e12, 312e12, 25e9, 0.6)
 H200: Final = Device("H200", 141e9, 4.8e12, 989e12, 25e9, 0.55)
@@ -209,10 +210,10 @@ class Measurement(msgspec.Struct, frozen=True):
     num_kv_tokens: int
     num_host_tokens: int
     max_length: int
-    #: Whether copies from and to the host run beside the forward pass: on CUDA, not on a CPU.
-    copies_overlap: bool
     #: (shape, seconds) of real steps.
     points: list[tuple[StepShape, float]]
+    #: Whether copies from and to the host run beside the forward pass: on CUDA, not on a CPU.
+    copies_overlap: bool = False
 
 
 class Fitted:

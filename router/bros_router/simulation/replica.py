@@ -14,12 +14,12 @@ from bros_router.kv.kv_manager import KVManager
 from bros_router.planning_guard import PlanningGuard
 from bros_router.request import OverloadedError, RefusedError, RequestClass, ValidRequest
 from bros_router.scheduling.latency_model import LatencyModel
-from bros_router.scheduling.scheduler import Outcome, Scheduler
+from bros_router.scheduling.scheduler import Outcome, Scheduler, StepInFlight
 from bros_router.scheduling.sequence import Sequence
 from bros_router.simulation.hardware import Hardware
 from bros_router.simulation.record import Ending, RequestRecord
 from bros_router.simulation.step_log import StepLog
-from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult, StepShape
+from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult
 
 #: Every token of every sequence. Which one does not matter: nobody stops early.
 _TOKEN_ID: Final = 1
@@ -41,9 +41,8 @@ class Timing:
 @dataclass(slots=True)
 class _Step:
     plan: StepPlan
+    planned: StepInFlight
     results: list[SequenceResult]
-    #: Predicted time of its real-time decodes, were they alone.
-    rt_decode_s: float
     start_s: float
     end_s: float
     #: How long the devices had nothing to do before it.
@@ -81,8 +80,6 @@ class Replica:
         self._guard = PlanningGuard()
         self._open: dict[int, tuple[Sequence, RequestRecord]] = {}
         self._results: dict[int, SequenceResult] = {}
-        #: Real-time ones that have no token yet and may still be relegated.
-        self._hopeful: dict[int, Sequence] = {}
         self._prompts: dict[int, tuple[int, ...]] = {}
         self._num_submitted = 0
         self._steps: deque[_Step] = deque()
@@ -131,8 +128,6 @@ class Replica:
         self.num_requests += 1
         self.num_tokens += num_tokens
         self.num_rt_prompt_tokens += sequence.num_prompt_tokens if record.is_rt else 0
-        if record.is_rt and not sequence.is_late:
-            self._hopeful[sequence_id] = sequence
         self._admission.accepted(sequence_id, request, terms, now_s)
         self.scheduler.add(sequence)
         if self._plan_s == math.inf and len(self._steps) < self._timing.max_steps_in_flight:
@@ -169,27 +164,29 @@ class Replica:
         began_s = time.perf_counter()
         plan = self.scheduler.plan(now_s)
         planning_s = time.perf_counter() - began_s
+        for sequence in self.scheduler.take_relegated():
+            self._admission.relegated(sequence.sequence_id)
         if plan is None:
             self._is_resuming = not self._steps
             return
+        self._send(plan, now_s, planning_s)
+        if len(self._steps) < self._timing.max_steps_in_flight:
+            self._plan_s = self._due_s(now_s)
+
+    def _send(self, plan: StepPlan, now_s: float, planning_s: float) -> None:
+        """The devices run the step as soon as it has arrived and they have done all that came before."""
         planned = self.scheduler.last_step
         assert planned is not None
         shape = planned.shape
         seconds = self._hardware.seconds(shape)
         start_s = max(now_s + self._timing.send_s, self._free_s)
-        step = _Step(
-            plan,
-            # One too many does no harm: the scheduler knows for which sequences the step samples a token.
-            [self._results[part.sequence_id] for part in plan.sequences],
-            self._rt_decode_s(plan),
-            start_s,
-            start_s + seconds,
-            start_s - self._free_s,
-            self._is_resuming,
-            len(self.log),
+        idle_s = start_s - self._free_s
+        # A result too many does no harm: the scheduler knows for which sequences the step samples a token.
+        results = [self._results[part.sequence_id] for part in plan.sequences]
+        self._steps.append(
+            _Step(plan, planned, results, start_s, start_s + seconds, idle_s, self._is_resuming, len(self.log))
         )
-        self._steps.append(step)
-        self._free_s = step.end_s
+        self._free_s = start_s + seconds
         self._is_resuming = False
         self.log.add(
             start_s,
@@ -200,33 +197,18 @@ class Replica:
             self._kv.num_used_blocks(RequestClass.RT) / self._kv.num_blocks,
             planning_s,
         )
-        if len(self._steps) < self._timing.max_steps_in_flight:
-            self._plan_s = self._due_s(now_s)
-        for sequence_id in [key for key, sequence in self._hopeful.items() if sequence.is_late]:
-            del self._hopeful[sequence_id]
-            self._admission.relegated(sequence_id)
-
-    def _rt_decode_s(self, plan: StepPlan) -> float:
-        num_sequences = num_tokens = 0
-        for part in plan.sequences:
-            if part.num_tokens == 1 and self._open[part.sequence_id][1].is_rt:
-                num_sequences += 1
-                num_tokens += part.num_computed_tokens + 1
-        if num_sequences == 0:
-            return 0.0
-        return self.model.predict_s(StepShape(num_decode_sequences=num_sequences, decode_context_tokens=num_tokens))
 
     def _commit(self, now_s: float, on_end: Callable[[RequestRecord], None]) -> None:
         step = self._steps.popleft()
         seconds = step.end_s - step.start_s
         result = StepResult(step.plan.generation, step.plan.step_id, step.results, seconds, 0.0, seconds, step.idle_s)
-        began_s = time.perf_counter()
-        outcomes = self.scheduler.commit(result, now_s)
-        self.log.planning_s[step.index] += time.perf_counter() - began_s
         for part in step.plan.sequences:
             if part.num_tokens > 1:
                 self._admission.progressed(part.sequence_id, part.num_computed_tokens + part.num_tokens, now_s)
-        self._admission.decoded(step.rt_decode_s, now_s)
+        self._admission.decoded(step.planned.rt_decode_s, now_s)
+        began_s = time.perf_counter()
+        outcomes = self.scheduler.commit(result, now_s)
+        self.log.planning_s[step.index] += time.perf_counter() - began_s
         for outcome in outcomes:
             self._take(outcome, now_s, on_end)
         if not step.is_resuming:
@@ -241,7 +223,6 @@ class Replica:
         record.token_s.append(now_s)
         if len(record.token_s) == 1:
             self._admission.progressed(sequence_id, sequence.num_prompt_tokens, now_s)
-            self._hopeful.pop(sequence_id, None)
             self.num_rt_prompt_tokens -= sequence.num_prompt_tokens if record.is_rt else 0
         if outcome.finish_reason is None:
             return

@@ -131,7 +131,7 @@ class Lengths:
 #: 337.99 output tokens, context 2,048). Log-normal by our choice, and so are the sigmas, 1.2 and 0.9. The mus are
 #: fitted so that the means hold *after* the cut at 2,048 (by Monte Carlo; 98 % of the draws pass it).
 SHAREGPT: Final = Lengths("sharegpt", LogNormal(4.471, 1.2), LogNormal(5.500, 0.9), 2048)
-#: LMSYS-Chat-1M in the form of the evaluation plan: log-normal prompts, exponential outputs with mean 214.5.
+#: Like LMSYS-Chat-1M: log-normal prompts, exponential outputs with mean 214.5. The cut is OPT's context.
 LMSYS: Final = Lengths("lmsys", LogNormal(3.52, 1.2), Exponential(214.5), 2048)
 #: Long conversations (context 8,192).
 LONG_CHAT: Final = Lengths("long-chat", LogNormal(7.456, 0.930), LogNormal(6.028, 0.545), 8192)

@@ -538,12 +538,12 @@ class BrosPolicy:
     def _checkpoint(self, draft: StepDraft, standing: _Standing, end_s: float) -> None:
         """While memory is short, copy the full blocks that would be taken next to the host."""
         kv = draft.kv
-        if not draft.chunks or kv.num_free_blocks > (1.0 - _CHECKPOINT_SHARE) * kv.num_blocks:
+        if not draft.chunks or not kv.has_unused_host_block or kv.num_free_blocks > (1.0 - _CHECKPOINT_SHARE) * kv.num_blocks:
             return
         num_left = _MOST_CHECKPOINTS
         for sequence in self._be_victims(standing):
             while num_left and kv.has_unused_host_block:
-                index = kv.first_unsaved_block(sequence.sequence_id, sequence.num_computed_tokens)
+                index = kv.newest_unsaved_block(sequence.sequence_id, sequence.num_computed_tokens)
                 with_copy = draft.shape.with_copies(kv.block_size)
                 if index is None or draft.start_s + self._model.bound_s(with_copy) > end_s:
                     break
