@@ -110,10 +110,10 @@ async def test_plan_reaches_every_rank_and_the_result_comes_back(make_group):
     await ranks[0].say(Profile(0, []), hello(0, world_size=2))
     await ranks[1].say(hello(1, world_size=2))
     await group.ready()
-    await group.send(StepPlan(0, 0))
+    future = await group.send(StepPlan(0, 0))
     assert [await r.hear() for r in ranks] == [StepPlan(0, 0)] * 2
     await ranks[0].say(result(0))
-    assert await group.result(0) == result(0)
+    assert await future == result(0)
     await group.shut_down()
     assert [await r.hear() for r in ranks] == [Shutdown(0)] * 2
 
@@ -123,11 +123,11 @@ async def test_results_of_two_steps_in_flight_are_told_apart(make_group):
     only = rank()
     await only.say(Profile(0, []), hello(0))
     await group.ready()
-    await group.send(StepPlan(0, 0))
-    await group.send(StepPlan(0, 1))
+    first = await group.send(StepPlan(0, 0))
+    second = await group.send(StepPlan(0, 1))
     await only.say(result(0), result(1))
-    assert (await group.result(1)).step_id == 1
-    assert (await group.result(0)).step_id == 0
+    assert (await second).step_id == 1
+    assert (await first).step_id == 0
 
 
 async def test_frames_that_are_not_due_are_dropped_counted_and_harmless(make_group):
@@ -136,7 +136,7 @@ async def test_frames_that_are_not_due_are_dropped_counted_and_harmless(make_gro
     only = rank()
     await only.say(Profile(0, []), hello(0))
     await group.ready()
-    await group.send(StepPlan(0, 0))
+    future = await group.send(StepPlan(0, 0))
     await only.say(
         b"\xc1",  # not MessagePack
         encode(StepPlan(0, 0)),  # not a rank's to say
@@ -150,7 +150,7 @@ async def test_frames_that_are_not_due_are_dropped_counted_and_harmless(make_gro
     await until(lambda: len(dropped) == 8)
     assert sorted(dropped) == ["malformed"] * 5 + ["stale"] * 2 + ["unexpected"]
     await only.say(result(0), result(0))  # the second is a replay
-    assert await group.result(0) == result(0)
+    assert await future == result(0)
     await until(lambda: dropped.count("unexpected") == 2)
     assert group.is_alive
 
@@ -160,10 +160,10 @@ async def test_fault_ends_the_generation_for_whoever_waits(make_group):
     only = rank()
     await only.say(Profile(0, []), hello(0))
     await group.ready()
-    await group.send(StepPlan(0, 0))
+    future = await group.send(StepPlan(0, 0))
     await only.say(Fault(0, "RuntimeError: out of tune"))
     with pytest.raises(ShardError, match="out of tune"):
-        await group.result(0)
+        await future
     assert not group.is_alive
     with pytest.raises(ShardError):
         await group.send(StepPlan(0, 1))

@@ -6,9 +6,10 @@ best-effort work. What counts is the time that real-time work *adds* to steps th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 
+from bros_benchmarks.evaluation.result import Result
 from bros_router.simulation.hardware import Hardware
 from bros_router.simulation.record import RequestRecord
 from bros_shard.protocol import StepShape
@@ -130,6 +131,22 @@ def _decodes(num_prompt_tokens: int, first: int, stop: int) -> Work:
     return Work(decodes=count, decode_context=count * (num_prompt_tokens + (first + stop - 1) / 2))
 
 
+def work_fields(records: Sequence[RequestRecord], start_s: float, stop_s: float) -> dict[str, float | None]:
+    """For the extra figures of a result: the real-time work that was offered, and that part of it left undone."""
+    offered = offered_work(records, start_s, stop_s)
+    missing = offered - done_work(records, start_s, stop_s)
+    return {
+        f"{kind}_{name}": value
+        for kind, work in (("offered", offered), ("missing", missing))
+        for name, value in asdict(work).items()
+    }
+
+
+def work_of(result: Result, kind: str) -> Work:
+    """`offered` or `missing` real-time work of a run, a second: what `work_fields` wrote."""
+    return Work(**{name: result.extra[f"{kind}_{name}"] or 0.0 for name in Work.__dataclass_fields__})
+
+
 @dataclass(frozen=True, slots=True)
 class Ceiling:
     """What best-effort throughput is compared with."""
@@ -148,3 +165,19 @@ class Ceiling:
         Work of earlier requests that was made up for in the window is credited alike.
         """
         return tokens_per_s - self.be_only_tokens_per_s * self.slopes.seconds(missing)
+
+
+def charge(results: Iterable[Result], ceiling: Ceiling) -> list[Result]:
+    """The same results with the best-effort bound, and the throughput after paying for real-time work left undone."""
+    return [
+        replace(
+            result,
+            extra={
+                **result.extra,
+                "be_bound": ceiling.bound(work_of(result, "offered")),
+                "be_charged": ceiling.charged(result.summary.be_tokens_per_s, work_of(result, "missing")),
+                "be_only": ceiling.be_only_tokens_per_s,
+            },
+        )
+        for result in results
+    ]

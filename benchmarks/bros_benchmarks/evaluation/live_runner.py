@@ -13,6 +13,7 @@ from typing import Final
 
 from rich.progress import Progress
 
+from bros_benchmarks.evaluation.bound import work_fields
 from bros_benchmarks.evaluation.live_load import LiveLoad, LoadGenerator
 from bros_benchmarks.evaluation.recorder import describe_machine, write_json, write_records
 from bros_benchmarks.evaluation.result import Label, Result
@@ -187,6 +188,7 @@ def _result(
             "num_relegated": metrics.get(_RELEGATED, 0.0),
             "rank_idle_share": idle_s / (busy_s + idle_s) if busy_s else None,
             "rt_kv_share": sampler.rt_share,
+            **work_fields(load.records, workload.start_s, workload.stop_s),
         },
         series={
             "offered_s": [record.offered_s for record in rt],

@@ -20,14 +20,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from bros_benchmarks.evaluation.bound import Ceiling
+from bros_benchmarks.evaluation.bound import Ceiling, charge
 from bros_benchmarks.evaluation.effort import FULL, LIGHT, QUICK, Effort
 from bros_benchmarks.evaluation.figures import draw_all
 from bros_benchmarks.evaluation.recorder import describe_machine, write_json
 from bros_benchmarks.evaluation.result import Result, attainment, by_label
 from bros_benchmarks.evaluation.scenario import PAPER_SCENARIOS, SCENARIOS, Scenario, Variant
 from bros_benchmarks.evaluation.simulations import Simulations
-from bros_benchmarks.evaluation.study import LEVEL, Goodput, Study, charge
+from bros_benchmarks.evaluation.study import LEVEL, Goodput, Study
 from bros_benchmarks.evaluation.tables import best_effort_table, gate_table, policy_table
 from bros_benchmarks.scheduling import measure
 
@@ -165,7 +165,7 @@ def gates(
         ("joint attainment of bros", attainment(groups.get("bros", [])), ">=", LEVEL),
         ("RT normalised latency, below fcfs by", reduction("fcfs"), ">=", 0.75),
         ("RT normalised latency, below rr by", reduction("rr"), ">=", 0.55),
-        ("BE tokens/s, bros / fcfs charged", ratio(be_tokens_per_s, mean("fcfs", "be_charged")), ">=", 0.97),
+        ("BE tokens/s, bros / fcfs charged", ratio(mean("bros", "be_charged"), mean("fcfs", "be_charged")), ">=", 0.97),
         ("BE tokens/s, bros / bound", ratio(be_tokens_per_s, mean("bros", "be_bound")), ">=", 0.9),
         ("R* / goodput of fcfs", lead(["fcfs"]), ">=", 3.0),
         ("R* / best other goodput", lead(others), ">=", 1.0),

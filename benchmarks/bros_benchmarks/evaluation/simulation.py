@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Final
@@ -13,7 +13,7 @@ import bros_router.scheduling
 import bros_router.simulation
 import bros_shard.block_layout
 import bros_shard.protocol
-from bros_benchmarks.evaluation.bound import Work, done_work, offered_work
+from bros_benchmarks.evaluation.bound import work_fields
 from bros_benchmarks.evaluation.result import Label, Result
 from bros_router.simulation.hardware import HARDWARE, Hardware, Noisy
 from bros_router.simulation.simulator import Run, Setup, simulate
@@ -102,8 +102,6 @@ def _extra(run: Run) -> dict[str, float | None]:
     """What the records and the log of steps tell beyond the summary."""
     start_s, stop_s = run.workload.start_s, run.workload.stop_s
     [log] = run.logs
-    offered = offered_work(run.records, start_s, stop_s)
-    missing = offered - done_work(run.records, start_s, stop_s)
     return {
         "rt_kv_share": log.mean_rt_kv_share(start_s, stop_s),
         "busy_share": log.busy_share(start_s, stop_s),
@@ -112,14 +110,8 @@ def _extra(run: Run) -> dict[str, float | None]:
         "num_steps": float(len(log)),
         "tokens_per_step": sum(log.num_tokens) / max(1, len(log)),
         "sequences_per_step": sum(log.num_sequences) / max(1, len(log)),
-        **{f"offered_{name}": value for name, value in asdict(offered).items()},
-        **{f"missing_{name}": value for name, value in asdict(missing).items()},
+        **work_fields(run.records, start_s, stop_s),
     }
-
-
-def work_of(result: Result, kind: str) -> Work:
-    """`offered` or `missing` real-time work of a simulated run, a second."""
-    return Work(**{name: result.extra[f"{kind}_{name}"] or 0.0 for name in Work.__dataclass_fields__})
 
 
 def _series(run: Run) -> dict[str, list[float]]:

@@ -12,7 +12,7 @@ from bros_benchmarks.evaluation.effort import Effort
 from bros_benchmarks.evaluation.goodput import GoodputSearch
 from bros_benchmarks.evaluation.result import Label, Result, attainment
 from bros_benchmarks.evaluation.scenario import Scenario, Variant, ablations, with_options
-from bros_benchmarks.evaluation.simulation import Simulation, work_of
+from bros_benchmarks.evaluation.simulation import Simulation
 from bros_benchmarks.evaluation.simulations import Simulations, Task
 from bros_router.kv.kv_manager import Preemption
 from bros_router.scheduling.batch_cap import CapControl
@@ -250,22 +250,6 @@ class Study:
     def _with_kv(self, variant: Variant, share: float) -> Variant:
         num_tokens = int(share * HARDWARE[self._scenario.base.hardware].num_kv_tokens)
         return replace(variant, setup=replace(variant.setup, num_kv_tokens=num_tokens))
-
-
-def charge(results: Iterable[Result], ceiling: Ceiling) -> list[Result]:
-    """The same results with the best-effort bound, and the throughput after paying for real-time work left undone."""
-    return [
-        replace(
-            result,
-            extra={
-                **result.extra,
-                "be_bound": ceiling.bound(work_of(result, "offered")),
-                "be_charged": ceiling.charged(result.summary.be_tokens_per_s, work_of(result, "missing")),
-                "be_only": ceiling.be_only_tokens_per_s,
-            },
-        )
-        for result in results
-    ]
 
 
 def _merit(result: Result) -> tuple[float, float]:

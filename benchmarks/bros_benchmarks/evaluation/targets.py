@@ -12,6 +12,7 @@ from typing import Final
 
 import numpy as np
 
+from bros_benchmarks.evaluation.bound import Slopes
 from bros_benchmarks.load import Load, send_all
 
 #: Prompts whose time to the first token is measured on the idle server, each so often, and once before that counts.
@@ -32,6 +33,12 @@ class UnloadedLatency:
     ttft_token_s: float
     #: Median time of a step that decodes 32 sequences and does nothing else.
     decode_step_s: float
+
+    @property
+    def slopes(self) -> Slopes:
+        """What a token adds to a step, in prefill and in decode; attention is in both."""
+        decode_s = max(0.0, self.decode_step_s - self.ttft_fixed_s) / _NUM_DECODES
+        return Slopes(self.ttft_token_s, 0.0, decode_s, 0.0)
 
     def targets(self, num_prompt_tokens: int, scale: float) -> tuple[float, float]:
         """(TTFT, TPOT) targets in seconds: whole milliseconds, rounded up."""

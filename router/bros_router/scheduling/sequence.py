@@ -57,15 +57,15 @@ class Sequence:
     #: Whether the ranks hold its tokens: it goes whole into the first plan, and must be released.
     is_on_ranks: bool = False
 
-    @property
-    def num_prompt_tokens(self) -> int:
-        """Tokens of the prompt."""
-        return len(self.prompt_token_ids)
+    #: Tokens of the prompt.
+    num_prompt_tokens: int = field(init=False)
+    #: Most tokens the sequence will ever have, the last one included, which is never computed.
+    max_total_tokens: int = field(init=False)
 
-    @property
-    def max_total_tokens(self) -> int:
-        """Most tokens the sequence will ever have, the last one included, which is never computed."""
-        return self.num_prompt_tokens + self.max_new_tokens
+    def __post_init__(self) -> None:
+        """Counts that every step asks for, once."""
+        self.num_prompt_tokens = len(self.prompt_token_ids)
+        self.max_total_tokens = self.num_prompt_tokens + self.max_new_tokens
 
     @property
     def num_known_tokens(self) -> int:
@@ -75,7 +75,8 @@ class Sequence:
     @property
     def num_pending_tokens(self) -> int:
         """Tokens still to compute before the next one can be sampled; 0 once the last one is in flight."""
-        return min(self.num_known_tokens, self.max_total_tokens - 1) - self.num_computed_tokens
+        num_known_tokens = self.num_prompt_tokens + len(self.output_token_ids) + self.num_in_flight_tokens
+        return min(num_known_tokens, self.max_total_tokens - 1) - self.num_computed_tokens
 
     @property
     def is_decoding(self) -> bool:

@@ -1,0 +1,79 @@
+"""The bound on best-effort throughput, and the charge for real-time work left undone."""
+
+from array import array
+from dataclasses import astuple
+
+import pytest
+
+from bros_benchmarks.evaluation.bound import (
+    Ceiling,
+    Slopes,
+    Work,
+    done_work,
+    mixed_step,
+    offered_work,
+    slopes_at,
+)
+from bros_router.request import RequestClass
+from bros_router.simulation.hardware import HARDWARE
+from bros_router.simulation.record import Ending, RequestRecord
+from bros_router.simulation.workload import TraceRequest
+from bros_shard.protocol import StepShape
+
+
+def record(offered_s: float, token_s: list[float], num_output: int = 4, *, is_rt: bool = True) -> RequestRecord:
+    request_class = RequestClass.RT if is_rt else RequestClass.BE
+    ending = Ending.FINISHED if len(token_s) == num_output else Ending.UNFINISHED
+    return RequestRecord(
+        TraceRequest(offered_s, request_class, 100, num_output), offered_s, ending, array("d", token_s)
+    )
+
+
+def test_a_request_that_runs_within_the_window_is_as_much_work_done_as_offered() -> None:
+    records = [record(1.0, [2.0, 3.0, 4.0, 5.0])]
+    offered = offered_work(records, 0.0, 10.0)
+    assert astuple(offered) == pytest.approx(astuple(done_work(records, 0.0, 10.0)))
+    # A prompt of 100, then three decodes over 101, 102 and 103 tokens; in 10 seconds.
+    assert astuple(offered) == pytest.approx((10.0, 500.0, 0.3, 30.6))
+
+
+def test_windows_side_by_side_add_up() -> None:
+    records = [record(1.0, [2.0, 3.0, 6.0, 7.0]), record(4.0, [8.0, 9.0])]
+    parts = done_work(records, 0.0, 5.0) * 5.0 + done_work(records, 5.0, 10.0) * 5.0
+    assert astuple(parts) == pytest.approx(astuple(done_work(records, 0.0, 10.0) * 10.0))
+
+
+def test_best_effort_work_and_what_lies_outside_count_nothing() -> None:
+    records = [record(1.0, [2.0], is_rt=False), record(11.0, [12.0])]
+    assert offered_work(records, 0.0, 10.0) == done_work(records, 0.0, 10.0) == Work()
+
+
+def test_a_rejected_request_is_missing_in_full() -> None:
+    rejected = RequestRecord(TraceRequest(1.0, RequestClass.RT, 100, 4), 1.0, Ending.REJECTED)
+    missing = offered_work([rejected], 0.0, 10.0) - done_work([rejected], 0.0, 10.0)
+    assert astuple(missing) == pytest.approx((10.0, 500.0, 0.3, 30.6))
+
+
+def test_the_bound_is_what_real_time_work_leaves_and_the_charge_is_the_same_coin() -> None:
+    ceiling = Ceiling(1000.0, Slopes(0.001, 0.0, 0.002, 0.0))
+    work = Work(prefill_tokens=100.0, decodes=100.0)  # 0.1 + 0.2 of the device
+    assert ceiling.bound(work) == pytest.approx(700.0)
+    assert ceiling.bound(work * 10) == 0.0
+    # Who does none of that work and gives all to best effort has gained nothing.
+    assert ceiling.charged(1000.0, work) == pytest.approx(ceiling.bound(work))
+
+
+def test_slopes_are_those_of_the_step_time_where_it_is_linear() -> None:
+    hardware = HARDWARE["opt-13b"]
+    base = mixed_step(600.0, 41.0, 800.0)
+    assert (base.num_prefill_tokens, base.num_decode_sequences) == (560, 40)
+    slopes = slopes_at(hardware, base)
+    more = StepShape(
+        num_prefill_tokens=560 + 32,
+        num_prefill_sequences=1,
+        num_decode_sequences=40 + 8,
+        prefill_attention=base.prefill_attention + 5e4,
+        decode_context_tokens=base.decode_context_tokens + 6400,
+    )
+    added_s = slopes.seconds(Work(32, 5e4, 8, 6400))
+    assert hardware.seconds(more) - hardware.seconds(base) == pytest.approx(added_s, rel=0.02)
