@@ -35,7 +35,7 @@ def sent_records(draw: st.DrawFn) -> SentRecord:
 
 
 @given(records=st.lists(sent_records(), max_size=5))
-def test_records_survive_the_disk(tmp_path_factory, records: list[SentRecord]) -> None:  # type: ignore[no-untyped-def]
+def test_records_survive_the_disk(tmp_path_factory, records: list[SentRecord]) -> None:
     path = tmp_path_factory.mktemp("records") / "records.csv.gz"
     write_records(path, records)
     assert read_records(path) == records

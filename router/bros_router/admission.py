@@ -85,15 +85,16 @@ def prefill_s(
 
 
 def default_targets(latency_model: LatencyModel, num_prompt_tokens: int, max_batch_tokens: int) -> LatencyTargets:
-    """Targets where nobody set any: a few times what this prompt takes on an idle server, and its tokens in a batch."""
+    """Targets where nobody set any: a few times what this prompt takes on an idle server, and its tokens in a batch.
+
+    The first token of a short prompt is not wanted sooner than the others: that would leave a step no time for a batch.
+    """
     batch = StepShape(
         num_decode_sequences=_DEFAULT_BATCH, decode_context_tokens=_DEFAULT_BATCH * (num_prompt_tokens + 1)
     )
-    return LatencyTargets(
-        ttft_s=_DEFAULT_SLOWDOWN * prefill_s(latency_model, num_prompt_tokens, max_batch_tokens),
-        tpot_s=_DEFAULT_SLOWDOWN * latency_model.predict_s(batch),
-        are_given=False,
-    )
+    tpot_s = _DEFAULT_SLOWDOWN * latency_model.predict_s(batch)
+    ttft_s = _DEFAULT_SLOWDOWN * prefill_s(latency_model, num_prompt_tokens, max_batch_tokens)
+    return LatencyTargets(max(ttft_s, tpot_s), tpot_s, are_given=False)
 
 
 @dataclass(slots=True)

@@ -96,6 +96,8 @@ def test_targets_that_nobody_set_are_five_times_an_idle_servers(latency_model):
     assert targets.ttft_s == pytest.approx(5 * (5.0 + 2.0))
     assert targets.tpot_s == pytest.approx(5 * 1.32)
     assert not targets.are_given
+    short = default_targets(latency_model, 1, MAX_BATCH_TOKENS)
+    assert short.ttft_s == short.tpot_s  # not 5 * 1.01: a batch must fit beside it
 
 
 @pytest.mark.parametrize(
