@@ -16,15 +16,11 @@ from typing import Final
 from bros_router.request import RequestClass
 from bros_router.scheduling.attainment import RecentAttainment
 from bros_router.scheduling.batch_cap import BatchCap, CapControl
-from bros_router.scheduling.deadlines import (
-    first_token_deadline_s,
-    met_targets,
-    paced_deadline_s,
-    strict_deadline_s,
-)
+from bros_router.scheduling.deadlines import met_targets, paced_deadline_s, strict_deadline_s
 from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.ordered import by_arrival
 from bros_router.scheduling.queues import WaitingQueue
+from bros_router.scheduling.real_time_queue import RealTimeQueue, due_s
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
 from bros_shard.protocol import StepShape
@@ -38,10 +34,6 @@ _MOST_STARVED_STEPS: Final = 4
 #: Tokens of the forced chunk for a best-effort sequence that has starved, and how often it may run, in steps.
 _TRICKLE_TOKENS: Final = 64
 _TRICKLE_PERIOD: Final = 8
-#: What a late real-time token costs in the order of waiting, in seconds a token: while there is no backlog, and
-#: while the queue holds more work than fits a target (QoServe's values).
-_ALPHA_S: Final = 0.001
-_BACKLOG_ALPHA_S: Final = 0.008
 #: Most of a target for the first token that a step with best-effort work may take: who arrives waits for its end.
 _BE_STEP_SHARE: Final = 0.25
 #: Share of KV blocks kept free for bursts (Echo's idea; the share is ours).
@@ -111,8 +103,7 @@ class BrosPolicy:
         self._model = latency_model
         self._limits = limits
         self._options = options
-        self._rt_waiting = WaitingQueue(lambda sequence: self._key(sequence, _ALPHA_S))
-        self._rt_backlog = WaitingQueue(lambda sequence: self._key(sequence, _BACKLOG_ALPHA_S))
+        self._rt_waiting = RealTimeQueue(latency_model, limits.max_batch_tokens)
         self._late_waiting = WaitingQueue(by_arrival)
         self._be_waiting = WaitingQueue(by_arrival)
         self._attainment = RecentAttainment()
@@ -120,7 +111,6 @@ class BrosPolicy:
         self._recent_ttft_s: deque[float] = deque(maxlen=64)
         self._last_rt_arrival_s = -math.inf
         self._longest_be_step_s = math.inf
-        self._backlog_s = 0.0
         self._num_starved_steps = 0
         self._last_trickle_step = -_TRICKLE_PERIOD
 
@@ -145,8 +135,6 @@ class BrosPolicy:
             if sequence.first_scheduled_s is None:
                 self._note_arrival(sequence)
             self._rt_waiting.push(sequence)
-            self._rt_backlog.push(sequence)
-            self._backlog_s += self._alone_s(sequence.num_pending_tokens)
 
     def remove(self, sequence: Sequence) -> None:
         """A sequence that waits has ended."""
@@ -155,7 +143,7 @@ class BrosPolicy:
         elif sequence.is_late:
             self._late_waiting.remove(sequence)
         else:
-            self._leave_rt(sequence)
+            self._rt_waiting.remove(sequence)
 
     def finished(self, sequence: Sequence) -> None:
         """A sequence got its last token."""
@@ -166,42 +154,12 @@ class BrosPolicy:
             if not is_met:
                 self.cap.note_miss()
 
-    def _leave_rt(self, sequence: Sequence) -> None:
-        self._rt_waiting.remove(sequence)
-        self._rt_backlog.remove(sequence)
-        waits = len(self._rt_waiting)
-        self._backlog_s = max(0.0, self._backlog_s - self._alone_s(sequence.num_pending_tokens)) if waits else 0.0
-
     def _note_arrival(self, sequence: Sequence) -> None:
         """Learn what the next real-time request may look like."""
         assert sequence.targets is not None
         self._last_rt_arrival_s = sequence.arrival_s
         self._recent_ttft_s.append(sequence.targets.ttft_s)
         self._longest_be_step_s = _BE_STEP_SHARE * min(self._recent_ttft_s)
-
-    def _alone_s(self, num_tokens: int, num_computed_tokens: int = 0) -> float:
-        """Seconds that the engine needs for these tokens of a prompt, with nothing else to do."""
-        seconds = 0.0
-        while num_tokens > 0:
-            chunk = min(num_tokens, self._limits.max_batch_tokens)
-            seconds += self._model.bound_s(StepShape().with_sequence(num_computed_tokens, chunk))
-            num_computed_tokens += chunk
-            num_tokens -= chunk
-        return seconds
-
-    def _latest_start_s(self, sequence: Sequence) -> float:
-        """The last moment at which what is left of a prompt still meets its target, alone."""
-        alone_s = self._alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
-        return self._due_s(sequence) - alone_s
-
-    def _due_s(self, sequence: Sequence) -> float:
-        """When the next token is due: the first one, or for one that was preempted, the next."""
-        if sequence.last_token_s is None:
-            return first_token_deadline_s(sequence)
-        return paced_deadline_s(sequence, sequence.last_token_s)
-
-    def _key(self, sequence: Sequence, alpha_s: float) -> tuple[float, ...]:
-        return self._latest_start_s(sequence) + alpha_s * sequence.num_pending_tokens, sequence.sequence_id
 
     # --- a step
 
@@ -275,7 +233,7 @@ class BrosPolicy:
         if sequence.state is SequenceState.WAITING or not sequence.is_decoding:
             return False
         others = [other for other in draft.running if other.request_class is RequestClass.RT and not draft.holds(other)]
-        others.sort(key=self._due_s, reverse=True)
+        others.sort(key=due_s, reverse=True)
         for other in others:
             draft.preempt(other)
             if other is sequence:
@@ -295,7 +253,7 @@ class BrosPolicy:
 
     def _prefill_real_time(self, draft: StepDraft, standing: _Standing, end_s: float) -> float:
         """Chunks of real-time prompts, the most urgent first. Returns when the step must have ended for all."""
-        prefilling = sorted(standing.prefilling, key=self._latest_start_s)
+        prefilling = sorted(standing.prefilling, key=self._rt_waiting.latest_start_s)
         bound_s = end_s
         is_any_left_out = False
         for sequence in self._next_prompts(draft, prefilling):
@@ -307,20 +265,18 @@ class BrosPolicy:
                 num_tokens = min(num_tokens, draft.num_tokens_left)
             if num_tokens == 0:
                 is_any_left_out = True
-                bound_s = min(bound_s, self._reachable_s(draft, self._latest_start_s(sequence)))
+                bound_s = min(bound_s, self._reachable_s(draft, self._rt_waiting.latest_start_s(sequence)))
                 break
             if is_new and draft.num_sequences_left <= 0:
                 break
             if not self._give_room(draft, standing, sequence, num_pending_tokens, bound_s):
                 break  # it waits for memory, which others free the sooner the more they do
             if is_new:
-                self._leave_rt(sequence)
+                self._rt_waiting.remove(sequence)
             draft.add(sequence, num_tokens, num_pending_tokens)
             rest = num_pending_tokens - num_tokens
-            due_s = self._due_s(sequence)
-            if rest:
-                due_s -= self._alone_s(rest, sequence.num_computed_tokens + num_tokens)
-            bound_s = min(bound_s, self._reachable_s(draft, due_s))
+            rest_s = self._rt_waiting.alone_s(rest, sequence.num_computed_tokens + num_tokens)
+            bound_s = min(bound_s, self._reachable_s(draft, due_s(sequence) - rest_s))
             self._num_starved_steps = 0
         self._num_starved_steps += is_any_left_out
         return bound_s
@@ -329,8 +285,7 @@ class BrosPolicy:
         """Real-time prompts to go on with, the most urgent first; those that are too late are relegated on the way."""
         position = 0
         while draft.num_tokens_left > 0:
-            queue = self._rt_backlog if self._is_backlogged() else self._rt_waiting
-            waiting = queue.peek()
+            waiting = self._rt_waiting.peek()
             if waiting is not None and self._relegate(draft, waiting):
                 continue
             if position < len(prefilling):
@@ -343,25 +298,22 @@ class BrosPolicy:
             else:
                 return
 
-    def _is_backlogged(self) -> bool:
-        return bool(self._recent_ttft_s) and self._backlog_s > self._recent_ttft_s[-1]
-
     def _relegate(self, draft: StepDraft, sequence: Sequence) -> bool:
         """Put a waiting sequence with the late ones if it cannot meet its target even alone. Returns whether it is."""
         assert sequence.targets is not None
         if not self._options.relegates or not sequence.targets.are_given or sequence.first_token_s is not None:
             return False
-        if draft.start_s <= self._latest_start_s(sequence):
+        if draft.start_s <= self._rt_waiting.latest_start_s(sequence):
             return False
-        self._leave_rt(sequence)
+        self._rt_waiting.remove(sequence)
         draft.relegate(sequence)
         self._late_waiting.push(sequence)
         self._attainment.note(draft.now_s, False)
         return True
 
-    def _reachable_s(self, draft: StepDraft, due_s: float) -> float:
+    def _reachable_s(self, draft: StepDraft, bound_s: float) -> float:
         """A bound that can still be kept, with its guard; one that cannot would only keep others from running."""
-        bound_s = draft.start_s + (due_s - draft.start_s) * (1.0 - _GUARD)
+        bound_s = draft.start_s + (bound_s - draft.start_s) * (1.0 - _GUARD)
         return bound_s if bound_s >= draft.end_s else math.inf
 
     def _chunk(self, draft: StepDraft, sequence: Sequence, end_s: float) -> int:
@@ -538,7 +490,11 @@ class BrosPolicy:
     def _checkpoint(self, draft: StepDraft, standing: _Standing, end_s: float) -> None:
         """While memory is short, copy the full blocks that would be taken next to the host."""
         kv = draft.kv
-        if not draft.chunks or not kv.has_unused_host_block or kv.num_free_blocks > (1.0 - _CHECKPOINT_SHARE) * kv.num_blocks:
+        if (
+            not draft.chunks
+            or not kv.has_unused_host_block
+            or kv.num_free_blocks > (1.0 - _CHECKPOINT_SHARE) * kv.num_blocks
+        ):
             return
         num_left = _MOST_CHECKPOINTS
         for sequence in self._be_victims(standing):
