@@ -66,7 +66,10 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
     ),
     (Shutdown(3), ["shutdown", 3]),
     (HELLO, ["hello", 3, 1, 0, 2, "demo", "abc", "bfloat16", "cpu", 4096, 2048, 100, 64, 0, 65536]),
-    (Profile(3, [(StepShape(512, 1, 4, 131072.0, 900, 64), 0.25)]), ["profile", 3, [[[512, 1, 4, 131072.0, 900, 64], 0.25]]]),
+    (
+        Profile(3, [(StepShape(512, 1, 4, 131072.0, 900, 64), 0.25)]),
+        ["profile", 3, [[[512, 1, 4, 131072.0, 900, 64], 0.25]]],
+    ),
     (RESULT, ["result", 3, 9, [[1, 17, -0.25, None], [2, None, None, "nan"]], 0.01, 0.002, 0.013, 0.0]),
     (Heartbeat(3, 10, 0.5, True, 1 << 30), ["heartbeat", 3, 10, 0.5, True, 1073741824]),
     (Progress(3, "loading", 5, 10), ["progress", 3, "loading", 5, 10]),

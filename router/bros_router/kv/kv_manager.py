@@ -12,7 +12,6 @@ from bros_router.request import RequestClass
 from bros_shard.block_layout import block_of, forward_entry, num_blocks_for, reversed_entry
 from bros_shard.protocol import HostCopy, TailMove
 
-
 #: How many of a sequence's newest blocks are kept saved ahead of time: what a burst takes at first.
 _NUM_NEWEST: Final = 8
 
