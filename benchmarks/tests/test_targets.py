@@ -35,4 +35,4 @@ def test_requests_that_never_decode_together_are_no_measurement() -> None:
 
 def test_targets_are_whole_milliseconds_so_that_header_and_judge_agree() -> None:
     targets = ScaledTargets(UnloadedLatency(0.03, 0.0011, 0.0701), 5.0)
-    assert targets(100) == (0.7, 0.351)
+    assert targets(101) == (0.706, 0.351)

@@ -24,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bros_benchmarks.evaluation import targets
 from bros_benchmarks.evaluation.bound import Ceiling, charge
+from bros_benchmarks.evaluation.figures import draw_all
 from bros_benchmarks.evaluation.goodput import GoodputSearch
 from bros_benchmarks.evaluation.live_runner import Contender, LiveRunner, LiveSetup
 from bros_benchmarks.evaluation.recorder import describe_machine, read_json, write_json
@@ -287,6 +288,8 @@ def main() -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, refresh_per_second=1) as progress:
         evaluate(Evaluation(LiveRunner(setup, folder, progress), progress, plan, capacity), plan, console)
+    for path in draw_all(folder):
+        console.print(str(path))
 
 
 def evaluate(evaluation: Evaluation, plan: Plan, console: Console) -> None:

@@ -147,7 +147,7 @@ class LiveRunner:
             after = server.metrics()
         metrics = {name: value - before.get(name, 0.0) for name, value in after.items() if "_bucket" not in name}
         how = {"command": server.command, "seed": seed, "rate": rate, "arrivals": repr(arrivals)}
-        what = {"setup": asdict(setup) | {"model": setup.model.name}, "machine": machine, "metrics": metrics}
+        what = {"setup": asdict(setup) | {"model": setup.model.name}, "machine": machine, "metrics_change": metrics}
         write_json(folder / "setup.json", how | what)
         write_records(folder / "records.csv.gz", load.records)
         labels: dict[str, Label] = {"experiment": experiment, "policy": contender.name, "rate": rate, "seed": seed}
@@ -178,6 +178,7 @@ def _result(
     sampler: _KvSampler,
 ) -> Result:
     summary = summarise(load.records, workload.start_s, workload.stop_s, load.end_s)
+    num_predicted = metrics.get("bros_step_prediction_error_count", 0.0)
     busy_s, idle_s = (metrics.get(f"bros_rank_{kind}_duration_sum", 0.0) for kind in ("step", "idle"))
     rt = [record for record in load.records if record.is_rt]
     return Result(
@@ -186,6 +187,7 @@ def _result(
         extra={
             "lateness_p99_s": load.lateness_s(99),
             "num_relegated": metrics.get(_RELEGATED, 0.0),
+            "prediction_error": (metrics["bros_step_prediction_error_sum"] / num_predicted if num_predicted else None),
             "rank_idle_share": idle_s / (busy_s + idle_s) if busy_s else None,
             "rt_kv_share": sampler.rt_share,
             **work_fields(load.records, workload.start_s, workload.stop_s),

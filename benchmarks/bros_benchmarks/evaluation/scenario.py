@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from bros_benchmarks.evaluation.simulation import Simulation
+from bros_router.admission import AdmissionPolicy
 from bros_router.kv.kv_manager import Preemption
 from bros_router.scheduling.batch_cap import CapControl
 from bros_router.scheduling.policies.bros import BrosOptions
@@ -60,7 +61,7 @@ def variants_of(policy: str, budgets: Iterable[int], caps: Iterable[int], static
 
 
 def ablations(setup: Setup) -> list[Variant]:
-    """`bros` with one part at a time switched off, or done the other way."""
+    """`bros` with one part at a time switched off, switched on, or done the other way."""
     bros = setup.options.bros
     changes: dict[str, BrosOptions] = {
         "bros": bros,
@@ -79,6 +80,11 @@ def ablations(setup: Setup) -> list[Variant]:
         *(Variant(name, with_options(setup, bros=options)) for name, options in changes.items()),
         Variant("- sharing (block)", with_options(setup, preemption=Preemption.BLOCK)),
         Variant("- checkpoints (recompute)", with_options(setup, preemption=Preemption.RECOMPUTE)),
+        *(
+            Variant(f"+ admission: {policy.value}", replace(setup, admission_policy=policy))
+            for policy in AdmissionPolicy
+            if policy is not setup.admission_policy
+        ),
     ]
 
 

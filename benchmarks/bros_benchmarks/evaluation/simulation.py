@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Final
 
+import bros_router.admission
 import bros_router.kv
 import bros_router.scheduling
 import bros_router.simulation
@@ -130,7 +131,7 @@ def code_digest() -> str:
         for folder in module.__path__:
             for path in sorted(Path(folder).rglob("*.py")):
                 digest.update(path.read_bytes())
-    for module in (bros_shard.protocol, bros_shard.block_layout):
+    for module in (bros_router.admission, bros_shard.protocol, bros_shard.block_layout):
         digest.update(_source(module).read_bytes())
     return digest.hexdigest()[:12]
 

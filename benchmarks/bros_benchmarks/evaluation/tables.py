@@ -14,7 +14,7 @@ def policy_table(title: str, results: Iterable[Result], label: str = "policy") -
     table = Table(title=title)
     for column in (
         label, "RT/s", "runs", "joint", "TTFT", "TPOT", "RT s/token", "TTFT p50/p99 s", "TBT p99 s",
-        "BE tok/s", "rejected", "relegated", "unfinished", "BE gap s", "RT KV", "late p99 ms",
+        "BE tok/s", "rejected", "failed", "relegated", "unfinished", "BE gap/wait s", "RT KV", "late p99 ms",
     ):  # fmt: skip
         table.add_column(column, justify="left" if column == label else "right")
     for value, group in by_label(results, label).items():
@@ -32,13 +32,19 @@ def _row(rate: Label, runs: Sequence[Result]) -> list[str]:
         f"{_mean(runs, 'rt_ttft_p50_s', 2)} / {_mean(runs, 'rt_ttft_p99_s', 2)}",
         _mean(runs, "rt_tbt_p99_s", 3),
         _mean(runs, "be_tokens_per_s", 1, with_interval=True),
-        str(total(runs, lambda summary: summary.rt_endings["rejected"] + summary.be_endings["rejected"])),
+        _endings(runs, "rejected"),
+        _endings(runs, "failed", "expired"),
         _relegated(runs),
         str(total(runs, lambda summary: summary.rt_endings["unfinished"])),
-        _largest(runs, "be_largest_gap_s"),
+        f"{_largest(runs, 'be_largest_gap_s')} / {_largest(runs, 'be_longest_wait_s')}",
         _percent(_mean_value(runs, "rt_kv_share")),
         _largest(runs, "lateness_p99_s", 1000.0),
     ]
+
+
+def _endings(runs: Sequence[Result], *endings: str) -> str:
+    """Requests of both classes that ended so."""
+    return str(total(runs, lambda summary: sum(summary.rt_endings[e] + summary.be_endings[e] for e in endings)))
 
 
 def _relegated(runs: Sequence[Result]) -> str:

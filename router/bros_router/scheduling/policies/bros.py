@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
@@ -16,13 +15,14 @@ from typing import Final
 from bros_router.request import RequestClass
 from bros_router.scheduling.attainment import RecentAttainment
 from bros_router.scheduling.batch_cap import BatchCap, CapControl
-from bros_router.scheduling.deadlines import met_targets, paced_deadline_s, strict_deadline_s
+from bros_router.scheduling.deadlines import first_token_deadline_s, met_targets, paced_deadline_s, strict_deadline_s
 from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.ordered import by_arrival
 from bros_router.scheduling.queues import WaitingQueue
 from bros_router.scheduling.real_time_queue import RealTimeQueue, due_s
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
+from bros_router.scheduling.step_limit import StepLimit
 from bros_shard.protocol import StepShape
 
 #: Share of the time to a deadline that a step leaves unused.
@@ -34,12 +34,8 @@ _MOST_STARVED_STEPS: Final = 4
 #: Tokens of the forced chunk for a best-effort sequence that has starved, and how often it may run, in steps.
 _TRICKLE_TOKENS: Final = 64
 _TRICKLE_PERIOD: Final = 8
-#: Most of a target for the first token that a step with best-effort work may take: who arrives waits for its end.
-_BE_STEP_SHARE: Final = 0.25
 #: Share of KV blocks kept free for bursts (Echo's idea; the share is ours).
 _RESERVED_SHARE: Final = 0.05
-#: A server that saw no real-time request for this long need not be ready for one within a step.
-_QUIET_S: Final = 300.0
 #: Background checkpoints begin when this share of the blocks is used, so many a step at most.
 _CHECKPOINT_SHARE: Final = 0.8
 _MOST_CHECKPOINTS: Final = 4
@@ -107,10 +103,7 @@ class BrosPolicy:
         self._late_waiting = WaitingQueue(by_arrival)
         self._be_waiting = WaitingQueue(by_arrival)
         self._attainment = RecentAttainment()
-        #: Targets for the first token of the latest real-time arrivals.
-        self._recent_ttft_s: deque[float] = deque(maxlen=64)
-        self._last_rt_arrival_s = -math.inf
-        self._longest_be_step_s = math.inf
+        self._step_limit = StepLimit()
         self._num_starved_steps = 0
         self._last_trickle_step = -_TRICKLE_PERIOD
 
@@ -133,7 +126,8 @@ class BrosPolicy:
             self._late_waiting.push(sequence)
         else:
             if sequence.first_scheduled_s is None:
-                self._note_arrival(sequence)
+                assert sequence.targets is not None
+                self._step_limit.note_arrival(sequence.arrival_s, sequence.targets.ttft_s)
             self._rt_waiting.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -149,23 +143,20 @@ class BrosPolicy:
         """A sequence got its last token."""
         if sequence.targets is not None and not sequence.is_late:
             assert sequence.last_token_s is not None
-            is_met = all(met_targets(sequence))
-            self._attainment.note(sequence.last_token_s, is_met)
-            if not is_met:
+            is_ttft_met, is_tpot_met = met_targets(sequence)
+            assert sequence.first_token_s is not None
+            self._step_limit.note_first_token(sequence.first_token_s - first_token_deadline_s(sequence))
+            self._attainment.note(sequence.last_token_s, is_ttft_met and is_tpot_met)
+            if not (is_ttft_met and is_tpot_met):
                 self.cap.note_miss()
-
-    def _note_arrival(self, sequence: Sequence) -> None:
-        """Learn what the next real-time request may look like."""
-        assert sequence.targets is not None
-        self._last_rt_arrival_s = sequence.arrival_s
-        self._recent_ttft_s.append(sequence.targets.ttft_s)
-        self._longest_be_step_s = _BE_STEP_SHARE * min(self._recent_ttft_s)
 
     # --- a step
 
     def compose(self, draft: StepDraft) -> None:
         """Fill the step: real-time decodes, real-time prompts, late ones, best-effort decodes and prompts."""
-        draft.kv.num_reserved_blocks = int(draft.kv.num_blocks * _RESERVED_SHARE) if self._recent_ttft_s else 0
+        step_limit_s = self._step_limit.seconds(draft.now_s)
+        has_real_time = step_limit_s < math.inf
+        draft.kv.num_reserved_blocks = int(draft.kv.num_blocks * _RESERVED_SHARE) if has_real_time else 0
         draft.max_num_sequences = self.cap.value
         standing = self._take_stock(draft)
         end_s = self._decode_real_time(draft, standing)
@@ -174,7 +165,8 @@ class BrosPolicy:
         self._run_late(draft, standing, end_s)
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
-            end_s = min(end_s, draft.start_s + self._be_step_s(draft))
+            if self._options.keeps_steps_short:
+                end_s = min(end_s, draft.start_s + step_limit_s)
             is_bound = not self._decode_best_effort(draft, standing, end_s)
             if not is_bound:
                 self._prefill_best_effort(draft, standing, end_s)
@@ -200,12 +192,6 @@ class BrosPolicy:
                 else:
                     (standing.late if sequence.is_late else standing.prefilling).append(sequence)
         return standing
-
-    def _be_step_s(self, draft: StepDraft) -> float:
-        """How long a step may become by best-effort work: a real-time request may arrive just after it began."""
-        if not self._options.keeps_steps_short or draft.now_s - self._last_rt_arrival_s > _QUIET_S:
-            return math.inf
-        return self._longest_be_step_s
 
     # --- real-time
 
@@ -303,12 +289,14 @@ class BrosPolicy:
         assert sequence.targets is not None
         if not self._options.relegates or not sequence.targets.are_given or sequence.first_token_s is not None:
             return False
-        if draft.start_s <= self._rt_waiting.latest_start_s(sequence):
+        late_by_s = draft.start_s - self._rt_waiting.latest_start_s(sequence)
+        if late_by_s <= 0.0:
             return False
         self._rt_waiting.remove(sequence)
         draft.relegate(sequence)
         self._late_waiting.push(sequence)
         self._attainment.note(draft.now_s, False)
+        self._step_limit.note_first_token(late_by_s)
         return True
 
     def _reachable_s(self, draft: StepDraft, bound_s: float) -> float:
