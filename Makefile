@@ -11,7 +11,7 @@ TGI_CLIENT := .venv-tgi-client
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak check format format-check lint types bench demo-model clean
+.PHONY: install install-dev run test integration-tests soak check format format-check lint types bench eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -36,7 +36,7 @@ run: install
 	$(BIN)/text-generation-launcher $(ARGS)
 
 test: install-dev
-	$(BIN)/python -m pytest -q router/tests shard/tests kernels/tests integration-tests
+	$(BIN)/python -m pytest -q router/tests shard/tests kernels/tests benchmarks/tests integration-tests
 
 integration-tests: install-dev
 	$(BIN)/python -m pytest -q integration-tests
@@ -61,6 +61,16 @@ types: install-dev
 
 bench: install-dev
 	$(BIN)/python -m bros_benchmarks.serving
+
+# The evaluation of docs/evaluation.md. ARGS=--quick for minutes instead of an hour or more.
+eval-sim: install-dev
+	$(BIN)/python -m bros_benchmarks.evaluation.simulated $(ARGS)
+
+eval-live: install-dev
+	$(BIN)/python -m bros_benchmarks.evaluation.live $(ARGS)
+
+eval-validate: install-dev
+	$(BIN)/python -m bros_benchmarks.evaluation.validate $(ARGS)
 
 demo-model: install
 	$(BIN)/python -m bros_shard.demo_model.train

@@ -137,11 +137,13 @@ def test_a_hiccup_is_counted_and_teaches_nothing() -> None:
     rng = random.Random(4)
     model = LatencyModel([(shape, cpu_law(shape)) for shape in GRID])
     show_steps(model, cpu_law, 100, rng)
-    before_s = [model.predict_s(shape) for shape in UNSEEN]
+    before_s, margin, error = [model.predict_s(shape) for shape in UNSEEN], model.margin, model.error
     for _ in range(3):
         model.observe(GRID[0], 8.0 * cpu_law(GRID[0]))
     assert model.num_outliers == 3
     assert [model.predict_s(shape) for shape in UNSEEN] == before_s
+    assert model.margin == pytest.approx(margin, rel=0.02)
+    assert model.error > error
 
 
 def test_a_model_that_is_wrong_by_far_is_not_deaf() -> None:
@@ -164,6 +166,16 @@ def test_margin_is_the_95th_percentile_of_the_latest_steps() -> None:
     assert sum(ratio > model.margin for ratio in latest) / 512 == pytest.approx(0.05, abs=0.003)
     assert model.error == pytest.approx(sum(abs(1 / ratio - 1) for ratio in latest) / 512)
     assert model.bound_s(UNSEEN[0]) == model.margin * model.predict_s(UNSEEN[0])
+
+
+def test_margin_stays_usable_where_one_step_in_ten_is_a_hiccup() -> None:
+    rng = random.Random(7)
+    model = LatencyModel([(shape, cpu_law(shape)) for shape in GRID])
+    for step in range(600):
+        shape = random_shape(rng)
+        model.observe(shape, cpu_law(shape) * (10.0 if step % 10 == 0 else rng.lognormvariate(0.0, 0.05)))
+    assert model.num_outliers == 60
+    assert model.margin < 1.2
 
 
 def test_margin_is_never_below_one() -> None:

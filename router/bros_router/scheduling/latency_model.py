@@ -60,9 +60,9 @@ class LatencyModel:
         # Apart, so that a long run of decode steps does not forget what chunks cost.
         self._decode_steps, self._mixed_steps = _Sums(_FORGETTING), _Sums(_FORGETTING)
         self._recent = _Window()
-        #: 95th percentile of actual / predicted over the latest 512 steps; at least 1.
+        #: 95th percentile of actual / predicted over the latest 512 steps, outliers left out; at least 1.
         self.margin = 1.0
-        #: Steps that took more than 5 times as long as predicted.
+        #: Outliers: steps that took more than 5 times as long as predicted.
         self.num_outliers = 0
         self._num_observed = 0
         self._num_outliers_in_a_row = 0
@@ -260,14 +260,17 @@ class _Window:
 
     def __init__(self) -> None:
         self._ratios: deque[float] = deque()
-        self._sorted: list[float] = []
+        self._sorted = [1.0]  # those that are no outliers, and one that is always there
 
     def add(self, ratio: float) -> float:
-        """Take one more. Returns the 95th percentile."""
+        """Take one more. Returns the 95th percentile, outliers left out: no plan allows for them."""
         if len(self._ratios) == _WINDOW:
-            del self._sorted[bisect_left(self._sorted, self._ratios.popleft())]
+            oldest = self._ratios.popleft()
+            if oldest <= _OUTLIER_RATIO:
+                del self._sorted[bisect_left(self._sorted, oldest)]
         self._ratios.append(ratio)
-        insort(self._sorted, ratio)
+        if ratio <= _OUTLIER_RATIO:
+            insort(self._sorted, ratio)
         return self._sorted[len(self._sorted) * 95 // 100]
 
     def error(self) -> float:
