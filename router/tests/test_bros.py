@@ -105,8 +105,8 @@ def test_step_with_best_effort_work_stays_short_for_the_request_that_may_come():
     bench.add(RT, 90, max_new_tokens=1, ttft_s=0.4, tpot_s=1.0)
     bench.step()
     bench.add(BE, 400)
-    # A quarter of the 400 ms in which the next request may want its first token: 10 + 90 ms, in units of 16.
-    assert bench.step() == [(2, 0, 80)]
+    # The prompt left 300 ms of its target; the next may wait for 0.6 of that: 10 + 170 ms, in units of 16.
+    assert bench.step() == [(2, 0, 160)]
 
 
 def test_example_of_the_documentation():
@@ -117,10 +117,10 @@ def test_example_of_the_documentation():
     begin_s = bench.now_s
     b = bench.add(RT, 48, ttft_s=0.2, tpot_s=0.1)
     c = bench.add(BE, 400)
-    assert bench.step() == [(a.sequence_id, 16, 1), (b.sequence_id, 0, 48)]
-    assert bench.now_s - begin_s == pytest.approx(0.059)
-    assert bench.step() == [(a.sequence_id, 17, 1), (b.sequence_id, 48, 1), (c.sequence_id, 0, 32)]
-    assert bench.now_s - begin_s == pytest.approx(0.103)
+    assert bench.step() == [(a.sequence_id, 16, 1), (b.sequence_id, 0, 48), (c.sequence_id, 0, 16)]
+    assert bench.now_s - begin_s == pytest.approx(0.075)
+    assert bench.step() == [(a.sequence_id, 17, 1), (b.sequence_id, 48, 1), (c.sequence_id, 16, 64)]
+    assert bench.now_s - begin_s == pytest.approx(0.151)
 
 
 def test_without_real_time_requests_best_effort_gets_the_whole_budget():

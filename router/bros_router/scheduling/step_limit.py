@@ -6,8 +6,9 @@ import math
 from collections import deque
 from typing import Final
 
-#: The share of a target for the first token that waiting for the end of a step may take.
-_SHARE: Final = 0.25
+#: The share of a request's slack that waiting for the end of a step may take: of the least slack, of the lower
+#: quartile (where the limit starts) and of the median. The rest is for the decodes in the step of the first token.
+_LOW, _START, _HIGH = 0.4, 0.6, 0.7
 #: Latest real-time requests that count, and for how long any of them does, in seconds.
 _NUM_RECENT: Final = 64
 _QUIET_S: Final = 300.0
@@ -18,16 +19,16 @@ _SHRINKAGE: Final = 0.6
 
 
 class StepLimit:
-    """Seconds of a step with best-effort work in it, between what the shortest of the recent targets and what the
-    median of them leaves.
+    """Seconds of a step with best-effort work in it, between what the least and what the median of the recent slacks
+    leaves: the slack of a request is its target for the first token, less the time that its prompt needs alone.
 
-    Where all requests want the same, that is one value. Where short prompts want their token much sooner than others
-    (targets in proportion to the prompt), a limit for the shortest would cost best-effort work a fifth of its
-    throughput, for the few that arrive at the wrong moment: so it is as long as nearly all targets are met.
+    A limit for the shortest target would cost best-effort work a fifth of its throughput where short prompts want
+    their token much sooner than others, for the few that arrive at the wrong moment. So the limit is as long as
+    nearly all targets are met.
     """
 
     def __init__(self) -> None:
-        self._recent_ttft_s: deque[float] = deque(maxlen=_NUM_RECENT)
+        self._recent_slack_s: deque[float] = deque(maxlen=_NUM_RECENT)
         self._last_arrival_s = -math.inf
         self._low_s = self._start_s = self._high_s = math.inf
         self._factor = 1.0
@@ -38,14 +39,14 @@ class StepLimit:
             return math.inf
         return min(max(self._start_s * self._factor, self._low_s), self._high_s)
 
-    def note_arrival(self, now_s: float, ttft_s: float) -> None:
-        """A real-time request came that wants its first token within `ttft_s`."""
+    def note_arrival(self, now_s: float, slack_s: float) -> None:
+        """A real-time request came, with so much slack; one that has none asks for the impossible, and counts as 0."""
         self._last_arrival_s = now_s
-        self._recent_ttft_s.append(ttft_s)
-        ordered = sorted(self._recent_ttft_s)
-        self._low_s = _SHARE * ordered[0]
-        self._start_s = _SHARE * ordered[len(ordered) // 4]
-        self._high_s = _SHARE * ordered[len(ordered) // 2]
+        self._recent_slack_s.append(max(0.001, slack_s))
+        ordered = sorted(self._recent_slack_s)
+        self._low_s = _LOW * ordered[0]
+        self._start_s = max(self._low_s, _START * ordered[len(ordered) // 4])
+        self._high_s = max(self._start_s, _HIGH * ordered[len(ordered) // 2])
 
     def note_first_token(self, late_by_s: float) -> None:
         """A real-time request got its first token so long after its target; negative: in time.

@@ -127,7 +127,8 @@ class BrosPolicy:
         else:
             if sequence.first_scheduled_s is None:
                 assert sequence.targets is not None
-                self._step_limit.note_arrival(sequence.arrival_s, sequence.targets.ttft_s)
+                alone_s = self._rt_waiting.alone_s(sequence.num_prompt_tokens)
+                self._step_limit.note_arrival(sequence.arrival_s, sequence.targets.ttft_s - alone_s)
             self._rt_waiting.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
