@@ -167,7 +167,8 @@ class BrosPolicy:
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
             if self._options.keeps_steps_short:
-                end_s = min(end_s, draft.start_s + step_limit_s)
+                # The limit is no deadline: it is meant for the usual step, not for the slowest of twenty.
+                end_s = min(end_s, draft.start_s + step_limit_s * self._model.margin)
             is_bound = not self._decode_best_effort(draft, standing, end_s)
             if not is_bound:
                 self._prefill_best_effort(draft, standing, end_s)
