@@ -9,6 +9,7 @@ import queue
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.request
@@ -18,6 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
+
+#: Step times are measured once and then known, but nothing of a run is left behind.
+_CACHE = tempfile.TemporaryDirectory(prefix="bros-tests-")
+_ENVIRONMENT = {"HOSTNAME": "127.0.0.1", "PORT": "0", "XDG_CACHE_HOME": _CACHE.name}
 
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 60.0
@@ -30,7 +35,7 @@ class Launcher:
         program = program or [str(Path(sys.executable).parent / "text-generation-launcher")]
         self.process = subprocess.Popen(
             [*program, "--json-output", *arguments],
-            env=os.environ | {"HOSTNAME": "127.0.0.1", "PORT": "0"} | (environment or {}),
+            env=os.environ | _ENVIRONMENT | (environment or {}),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

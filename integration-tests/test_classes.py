@@ -84,3 +84,25 @@ def test_reply_says_which_class_and_targets_were_used(server):
     assert headers_for(x_request_class="rt")["x-request-class"] == "rt"
     used = headers_for(x_slo_ttft_ms="750", x_slo_tpot_ms="80.5")
     assert (used["x-request-class"], used["x-slo-ttft-ms"], used["x-slo-tpot-ms"]) == ("rt", "750", "80.5")
+
+
+def test_request_ends_at_its_deadline_and_the_next_is_served(server):
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        generate(server, "def late", 400, x_request_deadline_ms="30")
+    body = json.load(caught.value)
+    # 429 if nothing of it had run, 424 if something had.
+    assert (caught.value.code, body["error_type"]) in ((424, "generation"), (429, "overloaded"))
+    assert generate(server, "def next", 4)
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "tgi", "bros-paper"])
+def test_text_is_the_same_under_every_policy(server, launch, policy):
+    other = launch("--dtype", "float32", "--scheduler", policy, "--kv-cache-memory", "64MiB").wait_until_ready()
+    prompts = [f"class Number{number}:" for number in range(6)]
+    with concurrent.futures.ThreadPoolExecutor(6) as threads:
+        texts = [
+            threads.submit(generate, other, prompt, 20, x_request_class="be" if number % 2 else "rt")
+            for number, prompt in enumerate(prompts)
+        ]
+    assert [text.result() for text in texts] == [generate(server, prompt, 20) for prompt in prompts]
+    other.stop()

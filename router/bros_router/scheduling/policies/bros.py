@@ -313,10 +313,12 @@ class BrosPolicy:
             num_tokens = draft.largest_chunk(sequence, end_s)
             is_held_back = num_tokens < min(num_pending_tokens, draft.num_tokens_left)
             return num_tokens - num_tokens % _CHUNK_UNIT if is_held_back else num_tokens
-        # Whole prompts: one that no step can hold in time gets a step without anything else.
-        if not draft.chunks:
-            return min(num_pending_tokens, draft.num_tokens_left)
-        return num_pending_tokens if draft.largest_chunk(sequence, end_s) == num_pending_tokens else 0
+        # Whole prompts; of one that does not fit the token budget beside the decodes, as much as fits. One that no step
+        # can hold in time gets a step without anything else.
+        limit = min(num_pending_tokens, draft.num_tokens_left)
+        if limit < min(num_pending_tokens, self._limits.max_batch_tokens // 2):
+            return 0
+        return limit if not draft.chunks or draft.largest_chunk(sequence, end_s) == limit else 0
 
     def _run_late(self, draft: StepDraft, standing: _Standing, end_s: float) -> None:
         """Real-time sequences that missed a target: before best-effort work, but they bound nobody."""
