@@ -202,13 +202,14 @@ class SchedulerMachine(RuleBasedStateMachine):
     policy_name = "bros"
     options = PolicyOptions()
     num_host_blocks = 5
+    max_batch_tokens = 9
     sequences = Bundle("sequences")
 
     def __init__(self) -> None:
         super().__init__()
         preemption = preemption_of(self.policy_name, self.options)
         self.kv = KVManager(7, 4, self.num_host_blocks, preemption)
-        limits, model = SchedulerLimits(max_batch_tokens=9, max_num_sequences=5), ExactModel()
+        limits, model = SchedulerLimits(self.max_batch_tokens, max_num_sequences=5), ExactModel()
         policy = make_policy(self.policy_name, model, limits, self.options)
         self.scheduler = Scheduler(policy, self.kv, model, limits)
         self.ranks = SimulatedRanks(block_size=4, num_host_blocks=self.num_host_blocks)
@@ -252,7 +253,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def plan(self):
         plan = self.scheduler.plan(self.now_s)
         if plan is not None:
-            assert sum(step.num_tokens for step in plan.sequences) <= 9
+            assert sum(step.num_tokens for step in plan.sequences) <= self.max_batch_tokens
             assert len(plan.sequences) <= 5
             self.results.append(self.ranks.execute(plan))
 
@@ -306,20 +307,23 @@ _machine_settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 _MACHINES = [
-    *((name, Preemption.BIDIR, 5) for name in POLICY_NAMES),
-    ("bros", Preemption.BIDIR, 1),
-    ("bros", Preemption.BIDIR, 0),
-    ("bros", Preemption.BLOCK, 5),
-    ("bros", Preemption.RECOMPUTE, 5),
+    *((name, Preemption.BIDIR, 5, 9) for name in POLICY_NAMES),
+    ("bros", Preemption.BIDIR, 1, 9),
+    ("bros", Preemption.BIDIR, 0, 9),
+    ("bros", Preemption.BLOCK, 5, 9),
+    ("bros", Preemption.RECOMPUTE, 5, 9),
+    ("bros", Preemption.BIDIR, 5, 3),  # fewer tokens than sequences
+    ("fcfs", Preemption.BIDIR, 5, 3),
 ]
 
 
-@pytest.mark.parametrize(("name", "preemption", "num_host_blocks"), _MACHINES)
-def test_nothing_is_lost_whatever_comes(name, preemption, num_host_blocks):
+@pytest.mark.parametrize(("name", "preemption", "num_host_blocks", "max_batch_tokens"), _MACHINES)
+def test_nothing_is_lost_whatever_comes(name, preemption, num_host_blocks, max_batch_tokens):
     """Every sequence ends once with its own tokens, every slot read is what its owner wrote, and memory comes back."""
     attributes = {
         "policy_name": name,
         "options": PolicyOptions(preemption=preemption),
         "num_host_blocks": num_host_blocks,
+        "max_batch_tokens": max_batch_tokens,
     }
     run_state_machine_as_test(type("Machine", (SchedulerMachine,), attributes), settings=_machine_settings)

@@ -202,7 +202,11 @@ class BrosPolicy:
         deadline_of = paced_deadline_s if self._options.paces else strict_deadline_s
         start_s = draft.start_s
         first_deadline_s = math.inf
-        for sequence in standing.decoding:
+        decoding = standing.decoding
+        most = min(self._limits.max_num_sequences, self._limits.max_batch_tokens)
+        if len(decoding) > most:
+            decoding = sorted(decoding, key=lambda sequence: deadline_of(sequence, start_s))[:most]
+        for sequence in decoding:
             if sequence.sequence_id in draft.victims or not self._give_room(draft, standing, sequence, 1):
                 continue
             draft.add(sequence, 1)
@@ -325,7 +329,7 @@ class BrosPolicy:
         if not draft.chunks:
             end_s = math.inf
         for sequence in standing.late:
-            if sequence.sequence_id in draft.victims:
+            if sequence.sequence_id in draft.victims or draft.num_sequences_left <= 0:
                 continue
             num_tokens = self._chunk(draft, sequence, end_s)
             if num_tokens and self._give_room(draft, standing, sequence, sequence.num_pending_tokens, end_s):
