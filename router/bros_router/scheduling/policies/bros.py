@@ -34,6 +34,8 @@ _MOST_STARVED_STEPS: Final = 4
 #: Tokens of the forced chunk for a best-effort sequence that has starved, and how often it may run, in steps.
 _TRICKLE_TOKENS: Final = 64
 _TRICKLE_PERIOD: Final = 8
+#: Best-effort work may make a step of real-time decodes this many times as long, whatever the limit of a step is.
+_SMALLEST_STRETCH: Final = 1.5
 #: Share of KV blocks kept free for bursts (Echo's idea; the share is ours).
 _RESERVED_SHARE: Final = 0.05
 #: Background checkpoints begin when this share of the blocks is used, so many a step at most.
@@ -162,6 +164,9 @@ class BrosPolicy:
         standing = self._take_stock(draft)
         end_s = self._decode_real_time(draft, standing)
         is_too_long = draft.end_s > end_s
+        # Where the decodes alone take about as long as the limit, it would leave nothing for best-effort work and
+        # hardly shorten the wait.
+        step_limit_s = max(step_limit_s, _SMALLEST_STRETCH * self._model.predict_s(draft.shape))
         end_s = self._prefill_real_time(draft, standing, end_s)
         self._run_late(draft, standing, end_s)
         is_bound = False
