@@ -8,11 +8,11 @@ from rich.progress import Progress
 
 from bros_benchmarks.evaluation.effort import FULL, LIGHT, QUICK
 from bros_benchmarks.evaluation.scenario import SCENARIOS, ablations, variants_of
-from bros_benchmarks.evaluation.simulation import Simulation, scaled_targets
+from bros_benchmarks.evaluation.simulation import Simulation
 from bros_benchmarks.evaluation.simulations import Simulations
 from bros_benchmarks.evaluation.validate import compare
 from bros_router.scheduling.policies.registry import POLICY_NAMES
-from bros_router.simulation.hardware import HARDWARE
+from bros_router.simulation.hardware import HARDWARE, scaled_targets
 from bros_router.simulation.simulator import Setup, simulate
 from bros_router.simulation.workload import LMSYS, Poisson, fixed_targets, make_workload
 
@@ -59,7 +59,7 @@ def test_names_of_variants_are_unique_so_that_results_do_not_overwrite_each_othe
 
 def test_scaled_targets_grow_with_prompt_and_scale() -> None:
     hardware = HARDWARE["llama-3-8b"]
-    once, fivefold = scaled_targets(hardware, 1.0), scaled_targets(hardware, 5.0)
+    once, fivefold = scaled_targets(hardware, 1.0, 2048), scaled_targets(hardware, 5.0, 2048)
     lengths = (10, 1000, 3000, 8000)
     ttfts = [once(length)[0] for length in lengths]
     assert None not in ttfts and ttfts == sorted(ttfts, key=float)

@@ -20,7 +20,7 @@ from bros_router.request import (
 )
 from bros_router.scheduling.demand import Demand
 from bros_router.scheduling.latency_model import LatencyModel
-from bros_shard.protocol import StepShape
+from bros_shard.protocol import StepPlan, StepShape
 
 #: Targets that nobody set are this many times what an idle server would need: "strict" in Sarathi-Serve's evaluation.
 _DEFAULT_SLOWDOWN: Final = 5.0
@@ -213,6 +213,13 @@ class AdmissionController:
         share = min(1.0, rt_decode_s / period_s) if period_s > 0.0 else 0.0
         self._decode_share = remembered * self._decode_share + (1.0 - remembered) * share
         self._decoded_s = now_s
+
+    def step_ended(self, plan: StepPlan, rt_decode_s: float, now_s: float) -> None:
+        """A step of this plan ended: chunks of prompts are computed, and `rt_decode_s` of it was real-time decoding."""
+        for part in plan.sequences:
+            if part.num_tokens > 1:
+                self.progressed(part.sequence_id, part.num_computed_tokens + part.num_tokens, now_s)
+        self.decoded(rt_decode_s, now_s)
 
     def drain_s(self, request_class: RequestClass, now_s: float) -> float:
         """Predicted seconds until the prompts that wait now are computed; best-effort ones wait for real-time ones."""

@@ -327,10 +327,7 @@ class StepEngine:
             self._metrics.step_failed(step.method)
             raise
         now_s = time.monotonic()
-        for part in step.plan.sequences:
-            if part.num_tokens > 1:
-                self._admission.progressed(part.sequence_id, part.num_computed_tokens + part.num_tokens, now_s)
-        self._admission.decoded(step.planned.rt_decode_s, now_s)
+        self._admission.step_ended(step.plan, step.planned.rt_decode_s, now_s)
         for outcome in self._scheduler.commit(result, now_s):
             self._stream(outcome, now_s)
         self._metrics.step_finished(

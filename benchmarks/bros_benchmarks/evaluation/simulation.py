@@ -16,7 +16,7 @@ import bros_shard.block_layout
 import bros_shard.protocol
 from bros_benchmarks.evaluation.bound import work_fields
 from bros_benchmarks.evaluation.result import Label, Result
-from bros_router.simulation.hardware import HARDWARE, Hardware, Noisy
+from bros_router.simulation.hardware import HARDWARE, Noisy, scaled_targets
 from bros_router.simulation.simulator import Run, Setup, simulate
 from bros_router.simulation.workload import (
     BE,
@@ -26,11 +26,9 @@ from bros_router.simulation.workload import (
     ClosedLoop,
     Lengths,
     Poisson,
-    Targets,
     fixed_targets,
     make_workload,
 )
-from bros_shard.protocol import StepShape
 
 #: A long prompt that has the device to itself is computed in chunks of so many tokens.
 _UNLOADED_CHUNK: Final = 2048
@@ -76,7 +74,9 @@ class Simulation:
             self.seed,
             arrivals=self.arrivals,
             rt_lengths=self.rt_lengths,
-            targets=fixed_targets(*targets) if isinstance(targets, tuple) else scaled_targets(hardware, targets),
+            targets=fixed_targets(*targets)
+            if isinstance(targets, tuple)
+            else scaled_targets(hardware, targets, _UNLOADED_CHUNK),
             be=self.be,
             duration_s=self.duration_s,
             warm_up_s=self.warm_up_s,
@@ -84,19 +84,6 @@ class Simulation:
         )
         run = simulate(workload, self.setup, Noisy(hardware, self.noise, self.seed))
         return Result(labels or {}, run.summary(), _extra(run), _series(run) if self.keeps_series else {})
-
-
-def scaled_targets(hardware: Hardware, scale: float) -> Targets:
-    """Multiples of the unloaded latency: a prompt alone, in chunks; a step that decodes 32 sequences, of 512 tokens."""
-    decode_s = hardware.seconds(StepShape(num_decode_sequences=32, decode_context_tokens=32 * 512))
-
-    def targets(num_prompt_tokens: int) -> tuple[float, float]:
-        starts = range(0, num_prompt_tokens, _UNLOADED_CHUNK)
-        chunks = [(start, min(_UNLOADED_CHUNK, num_prompt_tokens - start)) for start in starts]
-        ttft_s = sum(hardware.seconds(StepShape().with_sequence(start, size)) for start, size in chunks)
-        return scale * ttft_s, scale * decode_s
-
-    return targets
 
 
 def _extra(run: Run) -> dict[str, float | None]:

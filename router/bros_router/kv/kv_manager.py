@@ -343,8 +343,7 @@ class KVManager:
         copy.num_tokens = num_tokens
         move = self._moves.get(owner.sequence_id)
         # Copies out come first in a step: a tail that moves in this one is still where it was.
-        is_moving = move is not None and move.index == index
-        entry = move.source_entry if move is not None and is_moving else owner.entries[index]
+        entry = owner.entries[index] if move is None or move.index != index else move.source_entry
         self._copies_out.append(HostCopy(entry, copy.host_block, num_tokens))
 
     def _give_up_spare(self) -> bool:

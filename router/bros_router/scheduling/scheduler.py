@@ -209,8 +209,7 @@ class Scheduler:
         self._releases.clear()
         for sequence in [*self._running.values()]:
             self._kv.release(sequence.sequence_id)
-            sequence.num_computed_tokens = 0
-            sequence.state = SequenceState.WAITING
+            sequence.start_over()
             self._policy.add(sequence)
         self._running.clear()
         for sequence in self._policy.waiting():

@@ -93,6 +93,11 @@ class Sequence:
         num_pending_tokens = self.num_pending_tokens
         return num_pending_tokens == 1 or (num_pending_tokens > 1 and self.num_in_flight_tokens == 0)
 
+    def start_over(self) -> None:
+        """Its KV is gone: it waits, to be computed anew from its first token."""
+        self.num_computed_tokens = 0
+        self.state = SequenceState.WAITING
+
     def known_token_ids(self) -> list[int]:
         """Prompt and committed output: what a rank that never saw the sequence must be told."""
         assert self.num_in_flight_tokens == 0, "a token in flight is known to the ranks alone"

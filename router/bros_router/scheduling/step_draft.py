@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from typing import Final, TypeAlias
@@ -156,8 +157,7 @@ class StepDraft:
         self.victims[victim.sequence_id] = victim.request_class
         del self._running[victim.sequence_id]
         self.kv.release(victim.sequence_id)
-        victim.num_computed_tokens = 0
-        victim.state = SequenceState.WAITING
+        victim.start_over()
         self._on_preempted(victim)
 
     def relegate(self, sequence: Sequence) -> None:
@@ -166,7 +166,7 @@ class StepDraft:
         self.relegated.append(sequence)
 
     def make_room(
-        self, sequence: Sequence, num_tokens: int, victims: Iterable[Sequence], end_s: float = float("inf")
+        self, sequence: Sequence, num_tokens: int, victims: Iterable[Sequence], end_s: float = math.inf
     ) -> bool:
         """See to it that `num_tokens` more tokens of the sequence can be computed, at the cost of `victims`.
 

@@ -202,10 +202,7 @@ class Replica:
         step = self._steps.popleft()
         seconds = step.end_s - step.start_s
         result = StepResult(step.plan.generation, step.plan.step_id, step.results, seconds, 0.0, seconds, step.idle_s)
-        for part in step.plan.sequences:
-            if part.num_tokens > 1:
-                self._admission.progressed(part.sequence_id, part.num_computed_tokens + part.num_tokens, now_s)
-        self._admission.decoded(step.planned.rt_decode_s, now_s)
+        self._admission.step_ended(step.plan, step.planned.rt_decode_s, now_s)
         began_s = time.perf_counter()
         outcomes = self.scheduler.commit(result, now_s)
         self.log.planning_s[step.index] += time.perf_counter() - began_s
