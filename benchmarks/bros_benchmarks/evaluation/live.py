@@ -35,8 +35,8 @@ from bros_benchmarks.server_under_test import ServerUnderTest
 from bros_router.simulation.workload import BE, SHAREGPT, Lengths, burst
 
 #: Lengths of the paper's workloads, in miniature: the model is a hundredth of the paper's, the device a hundredth too.
-_LENGTH_SCALE: Final = 0.25
-_MAX_TOTAL_TOKENS: Final = 512
+_LENGTH_SCALE: Final = 1.0
+_MAX_TOTAL_TOKENS: Final = 1024
 #: Multiple of the unloaded latency that is the target (Sarathi's "strict").
 _SLO_SCALE: Final = 5.0
 #: What each baseline may choose from: token budget and sequence cap of a step.

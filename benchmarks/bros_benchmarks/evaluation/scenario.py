@@ -103,18 +103,21 @@ class Scenario:
     first_rate: float
 
 
-def _llama(lengths: Lengths, first_rate: float, be: Lengths = BE) -> Scenario:
+def _llama(lengths: Lengths, first_rate: float, be: Lengths = BE, hardware: str = "llama-3-8b") -> Scenario:
     """Prompts too long for the paper's targets: five times the unloaded latency instead."""
-    base = Simulation(hardware="llama-3-8b", rt_lengths=lengths, targets=5.0, be=ClosedLoop(256, be, is_grouped=True))
-    return Scenario(lengths.name if be is BE else f"{lengths.name} + {be.name}", base, first_rate)
+    base = Simulation(hardware=hardware, rt_lengths=lengths, targets=5.0, be=ClosedLoop(256, be, is_grouped=True))
+    name = lengths.name if be is BE else f"{lengths.name} + {be.name}"
+    return Scenario(name if hardware == "llama-3-8b" else f"{name}, {hardware}", base, first_rate)
 
 
-#: The paper's own two first.
+#: The paper's own two first, then its larger models.
 SCENARIOS: Final = {
     scenario.name: scenario
     for scenario in (
         Scenario("sharegpt", Simulation(rt_lengths=SHAREGPT), 4.0),
         Scenario("lmsys", Simulation(rt_lengths=LMSYS), 5.0),
+        Scenario("sharegpt, opt-30b", Simulation(hardware="opt-30b", rt_lengths=SHAREGPT), 5.0),
+        _llama(LONG_CHAT, 4.0, hardware="llama-3-70b"),
         _llama(LONG_CHAT, 8.0),
         _llama(AZURE_CONVERSATION, 10.0),
         _llama(AZURE_CODE, 8.0),

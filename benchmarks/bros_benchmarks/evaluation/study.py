@@ -24,6 +24,8 @@ from bros_router.simulation.workload import Poisson, burst
 LEVEL: Final = 0.99
 #: Resolution of a goodput.
 _RATE_RATIO: Final = 1.05
+#: Rates that are tried before a goodput that only short runs showed is taken for none.
+_MOST_CONFIRMATIONS: Final = 20
 #: Rates of the curves, and of the pure real-time runs, as shares of R*.
 _RATE_SHARES: Final = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 #: A burst is ten times the rate for twenty seconds; before and after it, this share of R*.
@@ -95,14 +97,16 @@ class Study:
         be_tokens_per_s = fmean(run.summary.be_tokens_per_s for run in runs) if runs else 0.0
         return Goodput(variant, rate, search.goodput(0.90), be_tokens_per_s)
 
-    def confirm(self, variant: Variant, rate: float) -> float:
-        """The highest rate, from `rate` downwards, at which the long runs hold the level too."""
-        for _ in range(20):
-            results = self._run_long("confirmation", [variant], rate)
+    def confirm(self, goodput: Goodput) -> Goodput:
+        """The highest rate, from that of the search downwards, at which the long runs hold the level too."""
+        rate = goodput.rate
+        for _ in range(_MOST_CONFIRMATIONS if rate else 0):
+            results = self._run_long("confirmation", [goodput.variant], rate)
             if (attainment(results) or 0.0) >= LEVEL:
-                return rate
+                be_tokens_per_s = fmean(run.summary.be_tokens_per_s for run in results)
+                return replace(goodput, rate=rate, be_tokens_per_s=be_tokens_per_s)
             rate /= _RATE_RATIO
-        return rate
+        return replace(goodput, rate=0.0, be_tokens_per_s=0.0)
 
     # --- at R*
 

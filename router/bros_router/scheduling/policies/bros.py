@@ -36,8 +36,10 @@ _TRICKLE_TOKENS: Final = 64
 _TRICKLE_PERIOD: Final = 8
 #: Best-effort work may make a step of real-time decodes this many times as long, whatever the limit of a step is.
 _SMALLEST_STRETCH: Final = 1.5
-#: Share of KV blocks kept free for bursts (Echo's idea; the share is ours).
+#: KV blocks kept free of new best-effort sequences while there is real-time work, for bursts and for the growth of what
+#: runs (Echo's idea; the shares are ours): a share of all blocks, or of those that real-time sequences hold, if more.
 _RESERVED_SHARE: Final = 0.05
+_RESERVED_RT_SHARE: Final = 0.25
 #: Background checkpoints begin when this share of the blocks is used, so many a step at most.
 _CHECKPOINT_SHARE: Final = 0.8
 _MOST_CHECKPOINTS: Final = 4
@@ -159,7 +161,7 @@ class BrosPolicy:
         """Fill the step: real-time decodes, real-time prompts, late ones, best-effort decodes and prompts."""
         step_limit_s = self._step_limit.seconds(draft.now_s)
         has_real_time = step_limit_s < math.inf
-        draft.kv.num_reserved_blocks = int(draft.kv.num_blocks * _RESERVED_SHARE) if has_real_time else 0
+        draft.kv.num_reserved_blocks = self._num_blocks_to_reserve(draft) if has_real_time else 0
         draft.max_num_sequences = self.cap.value
         standing = self._take_stock(draft)
         end_s = self._decode_real_time(draft, standing)
@@ -180,6 +182,13 @@ class BrosPolicy:
             if self._options.checkpoints:
                 self._checkpoint(draft, standing, end_s)
         self.cap.note_step(is_bound=is_bound, is_too_long=is_too_long)
+
+    def _num_blocks_to_reserve(self, draft: StepDraft) -> int:
+        # The more memory real-time sequences hold, the more it matters that they are done soon: best-effort work makes
+        # their steps longer, so they hold it for longer, until they do not fit any more.
+        kv = draft.kv
+        num_rt_blocks = kv.num_used_blocks(RequestClass.RT)
+        return int(max(_RESERVED_SHARE * kv.num_blocks, _RESERVED_RT_SHARE * num_rt_blocks))
 
     def _take_stock(self, draft: StepDraft) -> _Standing:
         standing = _Standing()
