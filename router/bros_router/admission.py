@@ -66,24 +66,6 @@ class AdmissionPolicy(str, Enum):
     RELAX = "relax"
 
 
-def prefill_s(
-    latency_model: LatencyModel, num_prompt_tokens: int, max_batch_tokens: int, num_computed_tokens: int = 0
-) -> float:
-    """Expected seconds to prefill the rest of a prompt alone, in chunks of `max_batch_tokens`.
-
-    Time grows linearly with the context before a chunk, so full chunks take the mean of the first and the last.
-    """
-    num_chunks, num_rest = divmod(num_prompt_tokens - num_computed_tokens, max_batch_tokens)
-    seconds = 0.0
-    if num_chunks:
-        contexts = (num_computed_tokens, num_computed_tokens + (num_chunks - 1) * max_batch_tokens)
-        chunks = [StepShape().with_sequence(context, max_batch_tokens) for context in contexts]
-        seconds += num_chunks * sum(map(latency_model.predict_s, chunks)) / 2
-    if num_rest:
-        seconds += latency_model.predict_s(StepShape().with_sequence(num_prompt_tokens - num_rest, num_rest))
-    return seconds
-
-
 def default_targets(latency_model: LatencyModel, num_prompt_tokens: int, max_batch_tokens: int) -> LatencyTargets:
     """Targets where nobody set any: a few times what this prompt takes on an idle server, and its tokens in a batch.
 
@@ -93,7 +75,7 @@ def default_targets(latency_model: LatencyModel, num_prompt_tokens: int, max_bat
         num_decode_sequences=_DEFAULT_BATCH, decode_context_tokens=_DEFAULT_BATCH * (num_prompt_tokens + 1)
     )
     tpot_s = _DEFAULT_SLOWDOWN * latency_model.predict_s(batch)
-    ttft_s = _DEFAULT_SLOWDOWN * prefill_s(latency_model, num_prompt_tokens, max_batch_tokens)
+    ttft_s = _DEFAULT_SLOWDOWN * latency_model.prefill_s(num_prompt_tokens, 0, max_batch_tokens)
     return LatencyTargets(max(ttft_s, tpot_s), tpot_s, are_given=False)
 
 
@@ -248,7 +230,8 @@ class AdmissionController:
 
     def _work_s(self, num_prompt_tokens: int, num_computed_tokens: int, now_s: float) -> float:
         """Seconds until a prompt is computed, were it alone with the sequences that decode."""
-        alone_s = prefill_s(self._latency_model, num_prompt_tokens, self._max_batch_tokens, num_computed_tokens)
+        num_left_tokens = num_prompt_tokens - num_computed_tokens
+        alone_s = self._latency_model.prefill_s(num_left_tokens, num_computed_tokens, self._max_batch_tokens)
         return self._latency_model.margin * alone_s / (1.0 - self._share(now_s))
 
     def _share(self, now_s: float) -> float:

@@ -421,8 +421,7 @@ class StepEngine:
 
     def _observe_queue(self) -> None:
         self._metrics.set_queue_size(self._scheduler.num_waiting)
-        for request_class in RequestClass:
-            num_running, num_waiting = self._scheduler.num_sequences(request_class)
+        for request_class, (num_running, num_waiting) in self._scheduler.num_sequences().items():
             self._metrics.set_sequences(request_class, num_running=num_running, num_waiting=num_waiting)
         self._metrics.set_kv_blocks(
             rt=self._kv.num_used_blocks(RequestClass.RT),

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bros_router.admission import AdmissionController, AdmissionPolicy, Permits, default_targets, prefill_s
+from bros_router.admission import AdmissionController, AdmissionPolicy, Permits, default_targets
 from bros_router.request import (
     Admission,
     LatencyTargets,
@@ -15,7 +15,7 @@ from bros_router.request import (
     ValidRequest,
 )
 from bros_router.scheduling.latency_model import LatencyModel
-from bros_shard.protocol import SamplingParams, StepShape
+from bros_shard.protocol import SamplingParams
 
 RT, BE = RequestClass.RT, RequestClass.BE
 QUEUE, REJECT, DEGRADE, RELAX = AdmissionPolicy
@@ -74,21 +74,7 @@ def test_a_permit_comes_back_whatever_happens():
         pass
 
 
-# --- times and targets
-
-
-@given(st.integers(1, 5000), st.integers(1, 600), st.integers(0, 5000), st.floats(0, 1e-3), st.floats(0, 1))
-def test_prefill_is_the_sum_of_its_chunks(num_tokens, max_batch_tokens, num_computed, per_context_s, step_s):
-    class Model(LatencyModel):
-        def predict_s(self, shape: StepShape) -> float:
-            return step_s + 0.001 * shape.num_prefill_tokens + per_context_s * shape.prefill_attention
-
-    model, expected = Model(), 0.0
-    for start in range(num_computed, num_computed + num_tokens, max_batch_tokens):
-        chunk = min(max_batch_tokens, num_computed + num_tokens - start)
-        expected += model.predict_s(StepShape().with_sequence(start, chunk))
-    predicted = prefill_s(model, num_computed + num_tokens, max_batch_tokens, num_computed)
-    assert predicted == pytest.approx(expected, abs=1e-9)
+# --- targets
 
 
 def test_targets_that_nobody_set_are_five_times_an_idle_servers(latency_model):
@@ -321,5 +307,5 @@ def test_once_all_have_ended_nothing_is_left(policy, steps):
     for number in range(len(steps)):
         controller.ended(number)
     assert controller.drain_s(BE, 1.0) == 0.0
-    alone_s = prefill_s(LatencyModel(), 10, 32)
+    alone_s = LatencyModel().prefill_s(10, 0, 32)
     assert controller.judge(request(10, ttft_s=1.01 * alone_s), 1.0).admission is Admission.AS_ASKED

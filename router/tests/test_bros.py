@@ -206,6 +206,28 @@ def test_best_effort_never_takes_from_real_time():
     bench.run()
 
 
+def test_starving_work_waits_no_longer_after_the_ranks_were_replaced():
+    """Steps are counted anew then, and so must be what hangs on their number."""
+    bench = Bench(be_max_wait_s=1.0)
+    for _ in range(30):  # their decodes leave no time for anything else
+        bench.add(RT, 16, max_new_tokens=4000, ttft_s=5.0, tpot_s=0.039)
+    waits_s = []
+    for generation in (None, 1):
+        if generation:
+            bench.scheduler.restart(generation)
+            bench.ranks = SimulatedRanks(16, generation, 16, bench.model)
+        for _ in range(3):
+            bench.step()
+        starving = bench.add(BE, 16, max_new_tokens=1)
+        while starving.first_token_s is None and bench.now_s < 60.0:
+            bench.step()
+        assert starving.first_token_s is not None
+        waits_s.append(starving.first_token_s - starving.arrival_s)
+        for _ in range(200):
+            bench.step()
+    assert waits_s[1] < 1.5 * waits_s[0]
+
+
 def test_starving_best_effort_gets_a_token_now_and_then():
     """Decodes that leave no time for anything else: without the floor it would wait for all of them."""
     bench = Bench(be_max_wait_s=1.0)

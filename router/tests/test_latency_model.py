@@ -247,6 +247,24 @@ def test_largest_chunk_is_the_largest(points, num_decodes, num_computed_tokens, 
     assert model.largest_chunk(shape, num_computed_tokens, limit, budget_s) == max(fitting, default=0)
 
 
+@settings(deadline=None)
+@given(
+    points=histories,
+    num_tokens=st.integers(0, 5000),
+    num_computed_tokens=st.integers(0, 5000),
+    max_batch_tokens=st.integers(1, 600),
+)
+def test_prefill_is_the_sum_of_its_chunks(points, num_tokens, num_computed_tokens, max_batch_tokens) -> None:  # type: ignore[no-untyped-def]
+    model = LatencyModel(points)
+    stop = num_computed_tokens + num_tokens
+    chunks = [
+        StepShape().with_sequence(start, min(max_batch_tokens, stop - start))
+        for start in range(num_computed_tokens, stop, max_batch_tokens)
+    ]
+    predicted = model.prefill_s(num_tokens, num_computed_tokens, max_batch_tokens)
+    assert predicted == pytest.approx(sum(map(model.predict_s, chunks)))
+
+
 def test_one_token_may_cost_more_than_a_chunk_of_two() -> None:
     """It decodes: where decoding is dear, two fit and one does not, or one alone fits."""
 

@@ -286,6 +286,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def books_balance(self):
         self.kv.check_integrity()
         assert self.scheduler.num_waiting + self.scheduler.num_running == len(self.alive)
+        for request_class, counts in self.scheduler.num_sequences().items():
+            states = [sequence.state for sequence in self.alive.values() if sequence.request_class is request_class]
+            assert counts == (states.count(SequenceState.RUNNING), states.count(SequenceState.WAITING))
 
     def teardown(self):
         num_steps = 0

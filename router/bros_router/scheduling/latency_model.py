@@ -89,6 +89,22 @@ class LatencyModel:
         """Seconds that 95 % of such steps stay below: what deadlines are judged by."""
         return self.margin * self.predict_s(shape)
 
+    def prefill_s(self, num_tokens: int, num_computed_tokens: int, max_batch_tokens: int) -> float:
+        """Expected seconds to compute the next `num_tokens` of a prompt alone, in chunks of `max_batch_tokens`.
+
+        Time grows linearly with the context before a chunk, so full chunks take the mean of the first and the last.
+        """
+        num_chunks, num_rest = divmod(num_tokens, max_batch_tokens)
+        rest_start = num_computed_tokens + num_chunks * max_batch_tokens
+        seconds = 0.0
+        if num_chunks:
+            first = StepShape().with_sequence(num_computed_tokens, max_batch_tokens)
+            last = StepShape().with_sequence(rest_start - max_batch_tokens, max_batch_tokens)
+            seconds += num_chunks * (self.predict_s(first) + self.predict_s(last)) / 2
+        if num_rest:
+            seconds += self.predict_s(StepShape().with_sequence(rest_start, num_rest))
+        return seconds
+
     def largest_chunk(self, shape: StepShape, num_computed_tokens: int, limit: int, budget_s: float) -> int:
         """The most tokens n <= `limit` of one more sequence that keep the step within `budget_s`; 0: not even one."""
 

@@ -9,7 +9,6 @@ from bros_router.scheduling.deadlines import first_token_deadline_s, paced_deadl
 from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.queues import WaitingQueue
 from bros_router.scheduling.sequence import Sequence
-from bros_shard.protocol import StepShape
 
 #: What a token of a prompt costs in the order of waiting, in seconds: while there is no backlog, and while the queue
 #: holds more work than fits a target (QoServe's values).
@@ -71,14 +70,8 @@ class RealTimeQueue:
         return due_s(sequence) - self.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
 
     def alone_s(self, num_tokens: int, num_computed_tokens: int = 0) -> float:
-        """Seconds that the engine needs for these tokens of a prompt, with nothing else to do."""
-        seconds = 0.0
-        while num_tokens > 0:
-            chunk = min(num_tokens, self._max_batch_tokens)
-            seconds += self._model.bound_s(StepShape().with_sequence(num_computed_tokens, chunk))
-            num_computed_tokens += chunk
-            num_tokens -= chunk
-        return seconds
+        """Seconds that the next tokens of a prompt need with nothing else to do, by the model's bound."""
+        return self._model.margin * self._model.prefill_s(num_tokens, num_computed_tokens, self._max_batch_tokens)
 
     def _key(self, sequence: Sequence, alpha_s: float) -> tuple[float, ...]:
         return self.latest_start_s(sequence) + alpha_s * sequence.num_pending_tokens, sequence.sequence_id

@@ -6,7 +6,7 @@ run this same class.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 
 from bros_router.kv.kv_manager import Copies, KVManager
@@ -91,10 +91,13 @@ class Scheduler:
         """Sequences that were let in."""
         return len(self._running)
 
-    def num_sequences(self, request_class: RequestClass) -> tuple[int, int]:
-        """How many sequences of a class were let in, and how many wait."""
-        num_running = sum(sequence.request_class is request_class for sequence in self._running.values())
-        return num_running, self._num_alive[request_class] - num_running
+    def num_sequences(self) -> dict[RequestClass, tuple[int, int]]:
+        """How many sequences of each class were let in, and how many wait."""
+        num_running = Counter(sequence.request_class for sequence in self._running.values())
+        return {
+            request_class: (num_running[request_class], num_alive - num_running[request_class])
+            for request_class, num_alive in self._num_alive.items()
+        }
 
     @property
     def max_running_tokens(self) -> int:

@@ -1,0 +1,60 @@
+"""Where the running sequences stand when a step is composed, and which of them give way to others."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from bros_router.request import RequestClass
+from bros_router.scheduling.policies.ordered import by_arrival
+from bros_router.scheduling.sequence import Sequence, SequenceState
+
+
+@dataclass(slots=True)
+class Standing:
+    """The running sequences that a step may take up, by what they need. Each list in order of admission."""
+
+    decoding: list[Sequence] = field(default_factory=list)
+    prefilling: list[Sequence] = field(default_factory=list)
+    late: list[Sequence] = field(default_factory=list)
+    be_decoding: list[Sequence] = field(default_factory=list)
+    #: More than a token behind: in prefill, or preempted in part.
+    be_behind: list[Sequence] = field(default_factory=list)
+    #: All best-effort ones, those too that the step cannot take up.
+    be_all: list[Sequence] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, running: Iterable[Sequence]) -> Standing:
+        """Take stock."""
+        standing = cls()
+        for sequence in running:
+            is_be = sequence.request_class is RequestClass.BE
+            if is_be:
+                standing.be_all.append(sequence)
+            num_pending_tokens = sequence.num_pending_tokens
+            if num_pending_tokens == 1:
+                if is_be:
+                    standing.be_decoding.append(sequence)
+                else:
+                    (standing.late if sequence.is_late else standing.decoding).append(sequence)
+            elif num_pending_tokens and sequence.num_in_flight_tokens == 0:
+                if is_be:
+                    standing.be_behind.append(sequence)
+                else:
+                    (standing.late if sequence.is_late else standing.prefilling).append(sequence)
+        return standing
+
+    def be_victims(self) -> list[Sequence]:
+        """Best-effort sequences in the order in which they give way: those preempted before, then the youngest."""
+        decoding = {sequence.sequence_id for sequence in self.be_decoding}
+        return sorted(
+            (sequence for sequence in self.be_all if sequence.state is SequenceState.RUNNING),
+            key=lambda sequence: (sequence.sequence_id not in decoding, by_arrival(sequence)),
+            reverse=True,
+        )
+
+    def be_younger_than(self, sequence: Sequence) -> list[Sequence]:
+        """Those of the victims that arrived later: only they give way to a best-effort sequence, so that no two take
+        turns."""
+        key = by_arrival(sequence)
+        return [victim for victim in self.be_victims() if by_arrival(victim) > key]
