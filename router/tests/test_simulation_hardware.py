@@ -1,5 +1,6 @@
 """Hardware models, against figures that are published or were worked out elsewhere."""
 
+import itertools
 import statistics
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from bros_router.simulation.hardware import (
     Fitted,
     Measurement,
     Noisy,
+    Resampled,
     Roofline,
     profile,
     scaled_targets,
@@ -151,13 +153,21 @@ def test_fitted_hardware_is_read_from_its_file(tmp_path):
         256,
     )
     assert hardware.seconds(decode(16, 100)) == pytest.approx(0.026, rel=0.1)
-    assert hardware.sigma < 0.1
+    assert hardware.ratios == pytest.approx([1.0] * 96, rel=0.1)
 
 
-def test_fitted_hardware_knows_the_noise_of_its_points():
-    factors = (0.8, 1.25)
-    points = [(decode(num, 100), factor * (0.010 + 0.001 * num)) for num in range(1, 33) for factor in factors]
-    assert Fitted(measurement(points)).sigma == pytest.approx(0.223, rel=0.2)
+def test_resampled_hardware_is_as_noisy_as_its_points_and_slow_in_spells():
+    # Every eighth stretch of 100 steps takes three times as long.
+    points = [(decode(8, 100), 0.03 if index // 100 % 8 == 0 else 0.01) for index in range(1600)]
+    hardware = Fitted(measurement(points))
+    resampled, again = (Resampled(hardware, 1) for _ in range(2))
+    seconds = [resampled.seconds(decode(8, 100)) for _ in range(50_000)]
+    assert [again.seconds(decode(8, 100)) for _ in range(100)] == seconds[:100]
+    assert statistics.mean(seconds) == pytest.approx(statistics.mean(s for _, s in points), rel=0.1)
+    is_slow = [value > 0.02 for value in seconds]
+    assert 0.1 < statistics.mean(is_slow) < 0.15
+    num_changes = sum(before != after for before, after in itertools.pairwise(is_slow))
+    assert num_changes < 50_000 / 30
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -28,21 +28,21 @@ from bros_benchmarks.evaluation.figures import draw_all
 from bros_benchmarks.evaluation.goodput import GoodputSearch
 from bros_benchmarks.evaluation.live_runner import Contender, LiveRunner, LiveSetup
 from bros_benchmarks.evaluation.recorder import describe_machine, read_json, write_json
-from bros_benchmarks.evaluation.result import Result, attainment, by_label, estimate
+from bros_benchmarks.evaluation.result import Result, by_label, estimate
 from bros_benchmarks.evaluation.tables import best_effort_table, gate_table, policy_table
 from bros_benchmarks.evaluation.targets import ScaledTargets, UnloadedLatency
 from bros_benchmarks.server_under_test import ServerUnderTest
 from bros_router.simulation.workload import BE, SHAREGPT, Lengths, burst
 
-#: Lengths of the paper's workloads, in miniature: the model is a hundredth of the paper's, the device a hundredth too.
-_LENGTH_SCALE: Final = 1.0
+#: Real-time requests are cut here, so that the longest reply ends soon after the window.
 _MAX_TOTAL_TOKENS: Final = 1024
 #: Multiple of the unloaded latency that is the target (Sarathi's "strict").
 _SLO_SCALE: Final = 5.0
-#: What each baseline may choose from: token budget and sequence cap of a step.
-_BUDGETS: Final = (128, 256, 512)
-_CAPS: Final = (32, 128)
-#: `static` and `priority` have a choice of their own instead of the cap.
+#: Joint attainment that a goodput stands for.
+_LEVEL: Final = 0.99
+#: Token budgets of a step that a baseline may choose from. The KV region holds too few sequences for a cap to matter.
+_BUDGETS: Final = (128, 512)
+#: What some may choose besides.
 _OWN_CHOICES: Final = {
     "static": tuple(("--static-be-requests", count) for count in ("4", "8", "16")),
     "priority": tuple(("--priority-preemption", mode) for mode in ("kv", "full")),
@@ -50,9 +50,10 @@ _OWN_CHOICES: Final = {
 _BASELINES: Final = ("fcfs", "static", "priority", "edf", "rr", "tgi")
 _OURS: Final = ("bros", "bros-paper")
 _SEEDS: Final = (1, 2, 3)
-#: Resolution of a goodput, and the range that is searched, as shares of the estimated capacity.
+#: Resolution of a goodput; where the search begins and how far it goes, as shares of the estimated capacity.
 _RATE_RATIO: Final = 1.1
-_LOWEST, _HIGHEST = 0.02, 4.0
+_FIRST: Final = 0.4
+_LOWEST, _HIGHEST = 0.1, 4.0
 #: A burst is ten times the rate for twenty seconds; before and after it, this share of what `bros` sustains.
 _BURST_BASE_SHARE: Final = 0.25
 _BURST_START_S: Final = 35.0
@@ -109,8 +110,9 @@ class Evaluation:
         }
         searches = {
             name: GoodputSearch(
-                0.5 * self._capacity,
+                _FIRST * self._capacity,
                 _RATE_RATIO,
+                levels=(_LEVEL,),
                 lowest=_LOWEST * self._capacity,
                 highest=_HIGHEST * self._capacity,
             )
@@ -118,12 +120,25 @@ class Evaluation:
         }
         results: list[Result] = []
         while due := [(contenders[name], rate) for name, s in searches.items() if (rate := s.next_rate) is not None]:
-            runs = self._run_in_turn("rates", due, self._plan.seeds)
-            results += runs
-            for contender, _ in due:
-                share = attainment([run for run in runs if run.matches(policy=contender.name)])
-                searches[contender.name].record(share or 0.0)
+            for (contender, rate), runs in self._run_until_decided(due).items():
+                results += runs
+                searches[contender.name].record(self._attainable(contender, rate, runs))
         return searches, results
+
+    def _run_until_decided(self, due: Sequence[tuple[Contender, float]]) -> dict[tuple[Contender, float], list[Result]]:
+        """Seed after seed, without those that miss the level already, whatever the seeds that are left give."""
+        runs: dict[tuple[Contender, float], list[Result]] = {pair: [] for pair in due}
+        for seed in self._plan.seeds:
+            undecided = [pair for pair in due if self._attainable(*pair, runs[pair]) >= _LEVEL]
+            for pair, result in zip(undecided, self._run_in_turn("rates", undecided, (seed,)), strict=True):
+                runs[pair].append(result)
+        return runs
+
+    def _attainable(self, contender: Contender, rate: float, runs: Sequence[Result]) -> float:
+        """Joint attainment over all seeds if those that were not run miss nothing."""
+        num_offered = sum(self._runner.num_offered(contender, rate, seed) for seed in self._plan.seeds)
+        num_missed = sum(round(run.summary.num_rt * (1.0 - (run.summary.joint_attainment or 0.0))) for run in runs)
+        return 1.0 - num_missed / max(1, num_offered)
 
     def compare(self, rate: float) -> list[Result]:
         """Everybody at one rate; real-time load alone and best-effort load alone beside them."""
@@ -170,11 +185,10 @@ class Evaluation:
 
 def _variants(policy: str) -> list[Contender]:
     """Every setting of a baseline that is tried."""
-    choices = _OWN_CHOICES.get(policy) or tuple(("--max-batch-size", str(cap)) for cap in _CAPS)
     return [
-        Contender(f"{policy} {budget} {value}", policy, ("--max-batch-prefill-tokens", str(budget), flag, value))
+        Contender(" ".join((policy, str(budget), *own[1:])), policy, ("--max-batch-prefill-tokens", str(budget), *own))
         for budget in _BUDGETS
-        for flag, value in choices
+        for own in _OWN_CHOICES.get(policy, ((),))
     ]
 
 
@@ -203,8 +217,8 @@ def default_setup(model: Path, num_threads: int, latency: UnloadedLatency) -> Li
     return LiveSetup(
         model=model,
         num_threads=num_threads,
-        rt_lengths=SHAREGPT.scaled(_LENGTH_SCALE).cut(_MAX_TOTAL_TOKENS),
-        be_lengths=BE.scaled(_LENGTH_SCALE),
+        rt_lengths=SHAREGPT.cut(_MAX_TOTAL_TOKENS),
+        be_lengths=BE,
         targets=ScaledTargets(latency, _SLO_SCALE),
     )
 
@@ -277,7 +291,7 @@ def main() -> None:
     capacity = estimated_capacity(latency, setup.rt_lengths)
     plan = Plan(tuple(options.policies), tuple(options.seeds), options.rate, not options.no_burst)
     if options.quick:
-        setup = replace(setup, warm_up_s=5.0, duration_s=20.0, drain_s=30.0)
+        setup = replace(setup, warm_up_s=5.0, duration_s=20.0)
         plan = Plan(("fcfs", "bros"), plan.seeds[:1], plan.rate or 0.4 * capacity, False)
     console.print(
         f"targets at scale {options.slo_scale:g}: TTFT {options.slo_scale * latency.ttft_fixed_s:.3f} s"
@@ -297,12 +311,12 @@ def evaluate(evaluation: Evaluation, plan: Plan, console: Console) -> None:
     goodputs: dict[str, float] = {}
     rate = plan.rate
     if rate is None:
-        console.print(policy_table("baselines, token budget / sequence cap", evaluation.tune()))
+        console.print(policy_table("baselines, by token budget", evaluation.tune()))
         searches, results = evaluation.search()
         console.print(policy_table("goodput search", results))
         for name, search in searches.items():
-            goodputs[name] = search.goodput(0.99)
-            console.print(f"{name}: goodput {goodputs[name]:.2f}/s at 99 %, {search.goodput(0.90):.2f}/s at 90 %")
+            goodputs[name] = search.goodput(_LEVEL)
+            console.print(f"{name}: goodput {goodputs[name]:.2f}/s at 99 %")
         rate = goodputs.get("bros") or 0.5 * max(goodputs.values())
     results = evaluation.compare(rate)
     console.print(policy_table(f"all policies at {rate:.2f} RT/s", results))

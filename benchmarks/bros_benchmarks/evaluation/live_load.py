@@ -50,6 +50,8 @@ class LiveLoad:
     records: list[SentRecord]
     #: When the run ended, in seconds from the start of the trace.
     end_s: float
+    #: When the trace started, by `time.perf_counter`.
+    start_s: float
 
     def lateness_s(self, percent: float) -> float | None:
         """A percentile, over the real-time requests, of the time from when each was due to when it left."""
@@ -81,7 +83,7 @@ class LoadGenerator:
                 self.start_s = time.perf_counter() + _LEAD_S
                 await self._run(session, rt_bodies)
                 end_s = self._now_s()
-        return LiveLoad(sorted(self.records, key=lambda record: record.offered_s), end_s)
+        return LiveLoad(sorted(self.records, key=lambda record: record.offered_s), end_s, self.start_s)
 
     async def _run(self, session: aiohttp.ClientSession, rt_bodies: list[bytes]) -> None:
         """Real-time requests decide when the run ends; best-effort ones keep the server busy until then."""

@@ -67,7 +67,7 @@ class LiveSetup:
     warm_up_s: float = 15.0
     duration_s: float = 60.0
     #: Long enough for a request that keeps its targets to the last token: otherwise it would count as unfinished.
-    drain_s: float = 120.0
+    drain_s: float = 90.0
 
     @property
     def num_kv_slots(self) -> int:
@@ -122,13 +122,13 @@ class LiveRunner:
         seed: int,
         arrivals: ArrivalProcess | None = None,
         *,
-        records_steps: bool = False,
+        is_recorded: bool = False,
     ) -> Result:
         """Start the server, send the workload, stop the server.
 
         Args:
             arrivals: Poisson where they are not given.
-            records_steps: whether the shape and the time of each step are kept, in `steps.json`.
+            is_recorded: whether what the server did is kept, as a `ServerLog` in `server.json`.
         """
         folder = self.folder_of(experiment, contender, rate, seed)
         if (folder / "result.json").exists():
@@ -137,7 +137,7 @@ class LiveRunner:
         setup, arrivals = self.setup, arrivals or Poisson(rate)
         machine = describe_machine()
         workload = setup.workload(contender, arrivals, seed)
-        program = (*_RECORDED, str(folder / "steps.json")) if records_steps else _SERVER
+        program = (*_RECORDED, str(folder / "server.json")) if is_recorded else _SERVER
         with ServerUnderTest(
             setup.model, setup.num_threads, folder / "server.log", *setup.flags(contender), program=program
         ) as server:
@@ -146,7 +146,13 @@ class LiveRunner:
                 load = self._send(server, workload, seed, f"{experiment}: {contender.name}, {rate:.2f}/s, seed {seed}")
             after = server.metrics()
         metrics = {name: value - before.get(name, 0.0) for name, value in after.items() if "_bucket" not in name}
-        how = {"command": server.command, "seed": seed, "rate": rate, "arrivals": repr(arrivals)}
+        how = {
+            "command": server.command,
+            "seed": seed,
+            "rate": rate,
+            "arrivals": repr(arrivals),
+            "trace_start_s": load.start_s,
+        }
         what = {"setup": asdict(setup) | {"model": setup.model.name}, "machine": machine, "metrics_change": metrics}
         write_json(folder / "setup.json", how | what)
         write_records(folder / "records.csv.gz", load.records)
@@ -154,6 +160,11 @@ class LiveRunner:
         result = _result(labels, workload, load, metrics, sampler)
         result.write(folder / "result.json")
         return result
+
+    def num_offered(self, contender: Contender, rate: float, seed: int) -> int:
+        """Real-time requests that such a run is judged by."""
+        workload = self.setup.workload(contender, Poisson(rate), seed)
+        return sum(workload.start_s <= request.arrival_s < workload.stop_s for request in workload.rt)
 
     def folder_of(self, experiment: str, contender: Contender, rate: float, seed: int) -> Path:
         """Where a run is kept: `result.json`, `records.csv.gz`, `setup.json`, `server.log`."""

@@ -8,10 +8,13 @@ after the one that is compared, since the machine may drift.
 from __future__ import annotations
 
 import argparse
+import math
 import os
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean, median, stdev
 from typing import Final
 
 import numpy as np
@@ -21,11 +24,12 @@ from rich.table import Table
 
 from bros_benchmarks.evaluation.live import default_setup, estimated_capacity, measured_targets
 from bros_benchmarks.evaluation.live_runner import Contender, LiveRunner
-from bros_benchmarks.evaluation.recorded_server import read_steps
-from bros_benchmarks.evaluation.recorder import read_records
+from bros_benchmarks.evaluation.recorded_server import ServerLog
+from bros_benchmarks.evaluation.recorder import read_json, read_records
 from bros_router.scheduling.step_draft import SchedulerLimits
-from bros_router.simulation.hardware import Fitted, Measurement, Noisy
+from bros_router.simulation.hardware import Fitted, Measurement, Resampled
 from bros_router.simulation.record import RequestRecord, percentile_interval, summarise
+from bros_router.simulation.replica import Timing
 from bros_router.simulation.simulator import Setup, simulate
 from bros_router.simulation.workload import Poisson, Workload
 
@@ -90,6 +94,22 @@ def _within_tolerance(name: str, live: float, simulated: float) -> Comparison:
     return Comparison(name, live, simulated, live * (1 - _TOLERANCE), live * (1 + _TOLERANCE))
 
 
+def client_delay_s(log: ServerLog, records: Iterable[RequestRecord], trace_start_s: float) -> float:
+    """Median seconds from a client to the scheduler, plus those of a token from there to its client.
+
+    Args:
+        trace_start_s: when the trace started, by the clock of the log.
+    """
+    rt = [record for record in records if record.is_rt]
+    offered_s = sorted(trace_start_s + record.offered_s for record in rt)
+    token_s = [trace_start_s + value for record in rt for value in record.token_s]
+    committed_s = [step.committed_s for step in log.steps]
+    there = [added_s - sent_s for added_s, sent_s in zip(log.rt_added_s, offered_s, strict=False)]
+    # A token belongs to the last step that had been committed when it came.
+    back = [value - committed_s[bisect_right(committed_s, value) - 1] for value in token_s]
+    return median(there) + median(back)
+
+
 def comparison_table(comparisons: Iterable[Comparison]) -> Table:
     """A row each."""
     table = Table("figure", "live", "simulated", "difference", "must lie in", "holds")
@@ -128,14 +148,16 @@ def main() -> None:
     console = Console(width=140)
     with Progress(TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console) as progress:
         runner = LiveRunner(setup, folder, progress)
-        runner.run("fit", contender, fit_rate, options.seed + 1, records_steps=True)
+        runner.run("fit", contender, fit_rate, options.seed + 1, is_recorded=True)
         runner.run("check", contender, check_rate, options.seed)
-        runner.run("fit", contender, fit_rate, options.seed + 2, records_steps=True)
-    steps = [
-        step
-        for seed in (options.seed + 1, options.seed + 2)
-        for step in read_steps(runner.folder_of("fit", contender, fit_rate, seed) / "steps.json")
-    ]
+        runner.run("fit", contender, fit_rate, options.seed + 2, is_recorded=True)
+    fits = [runner.folder_of("fit", contender, fit_rate, options.seed + index) for index in (1, 2)]
+    logs = [ServerLog.read(fit / "server.json") for fit in fits]
+    steps = [(step.shape, step.seconds) for log in logs for step in log.steps]
+    client_s = fmean(
+        client_delay_s(log, read_records(fit / "records.csv.gz"), read_json(fit / "setup.json")["trace_start_s"])
+        for log, fit in zip(logs, fits, strict=True)
+    )
     measurement = Measurement(
         name="live server",
         num_kv_tokens=setup.num_kv_slots,
@@ -148,13 +170,13 @@ def main() -> None:
     workload = setup.workload(contender, Poisson(check_rate), options.seed)
     simulated = simulate(
         workload,
-        Setup(policy=options.policy, limits=_LIMITS, block_size=setup.block_size),
-        Noisy(fitted, fitted.sigma, options.seed),
+        Setup(policy=options.policy, limits=_LIMITS, block_size=setup.block_size, timing=Timing(client_s=client_s)),
+        Resampled(fitted, options.seed),
     )
     live = read_records(runner.folder_of("check", contender, check_rate, options.seed) / "records.csv.gz")
     console.print(
-        f"fitted to {len(steps)} steps at {fit_rate:.2f} RT/s (noise {100 * fitted.sigma:.1f} %),"
-        f" compared at {check_rate:.2f} RT/s"
+        f"fitted to {len(steps)} steps at {fit_rate:.2f} RT/s (noise {100 * stdev(map(math.log, fitted.ratios)):.1f} %,"
+        f" {1000 * client_s:.1f} ms between client and scheduler), compared at {check_rate:.2f} RT/s"
     )
     console.print(comparison_table(compare(live, simulated.records, workload)))
 

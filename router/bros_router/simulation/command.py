@@ -24,7 +24,7 @@ from bros_router.scheduling.policies.bros import BrosOptions
 from bros_router.scheduling.policies.registry import POLICY_NAMES, PolicyOptions
 from bros_router.scheduling.step_draft import SchedulerLimits
 from bros_router.simulation.fleet import DISPATCHERS, simulate_fleet
-from bros_router.simulation.hardware import HARDWARE, Fitted, Hardware, Noisy, scaled_targets
+from bros_router.simulation.hardware import HARDWARE, Fitted, Hardware, Noisy, Resampled, scaled_targets
 from bros_router.simulation.record import Summary
 from bros_router.simulation.replica import Timing
 from bros_router.simulation.simulator import Run, Setup
@@ -163,10 +163,12 @@ def _simulate(hardware: Hardware, replicas: int, dispatch: str, as_json: bool, *
         workload = _workload_of(hardware, values)
     except ValueError as error:
         raise click.UsageError(str(error)) from None
-    sigma = values["noise"] if values["noise"] is not None else getattr(hardware, "sigma", 0.0)
+    sigma, seed = values["noise"], values["seed"]
 
     def hardware_of(index: int) -> Hardware:
-        return Noisy(hardware, sigma, values["seed"], index) if sigma else hardware
+        if sigma is None:
+            return Resampled(hardware, seed, index) if isinstance(hardware, Fitted) else hardware
+        return Noisy(hardware, sigma, seed, index)
 
     began_s = time.perf_counter()
     with _progress(workload) as on_progress:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Protocol
@@ -226,14 +225,12 @@ class Fitted:
         self.max_length = measurement.max_length
         self.copies_overlap = measurement.copies_overlap
         self._model = LatencyModel(measurement.points, measurement.copies_overlap)
-        #: Standard deviation of log(measured / fitted): the noise that the fit leaves out.
-        self.sigma = _deviation(
-            [
-                math.log(seconds / predicted_s)
-                for shape, seconds in measurement.points
-                if seconds > 0 and (predicted_s := self._model.predict_s(shape)) > 0
-            ]
-        )
+        #: Measured over fitted time of each point, in order: what the fit leaves out.
+        self.ratios = [
+            seconds / predicted_s
+            for shape, seconds in measurement.points
+            if seconds > 0 and (predicted_s := self._model.predict_s(shape)) > 0
+        ]
 
     @classmethod
     def read(cls, path: Path) -> Fitted:
@@ -243,11 +240,6 @@ class Fitted:
     def seconds(self, shape: StepShape) -> float:
         """Duration of a step, without noise."""
         return self._model.predict_s(shape)
-
-
-def _deviation(values: Sequence[float]) -> float:
-    mean = sum(values) / max(1, len(values))
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / max(1, len(values)))
 
 
 # --- both ------------------------------------------------------------------------------------------------------
@@ -271,6 +263,44 @@ class Noisy:
         """Another duration each time."""
         factor = self._generator.lognormvariate(-(self._sigma**2) / 2, self._sigma)
         return factor * self._hardware.seconds(shape)
+
+
+#: Steps in a row whose noise is taken over together, about: slow spells of a shared machine last some seconds.
+_SPELL: Final = 128
+
+
+class Resampled:
+    """Fitted hardware whose steps vary as the measured ones did: each takes its time multiplied by the ratio of a
+    measured step, stretches of them in their order, since slow steps come in spells (the stationary bootstrap of
+    Politis and Romano, 1994)."""
+
+    def __init__(self, hardware: Fitted, seed: int, index: int = 0) -> None:
+        """`index`: which of several replicas it belongs to; each has noise of its own.
+
+        Raises:
+            ValueError: nothing was measured.
+        """
+        if not hardware.ratios:
+            raise ValueError(f"{hardware.name} has no measured steps")
+        self.name = hardware.name
+        self.num_kv_tokens = hardware.num_kv_tokens
+        self.num_host_tokens = hardware.num_host_tokens
+        self.max_length = hardware.max_length
+        self.copies_overlap = hardware.copies_overlap
+        self._hardware = hardware
+        self._generator = random.Random(f"{seed}/noise/{index}")
+        self._position = 0
+        self._num_left = 0
+
+    def seconds(self, shape: StepShape) -> float:
+        """Another duration each time."""
+        ratios = self._hardware.ratios
+        if self._num_left <= 0:
+            self._position = self._generator.randrange(len(ratios))
+            self._num_left = math.ceil(self._generator.expovariate(1 / _SPELL))
+        self._position = (self._position + 1) % len(ratios)
+        self._num_left -= 1
+        return ratios[self._position] * self._hardware.seconds(shape)
 
 
 #: By name, for command lines: the BROS paper's two, and two of today.

@@ -36,6 +36,8 @@ class Timing:
     send_s: float = 0.001
     #: From the end of a step on the ranks to its tokens.
     return_s: float = 0.0005
+    #: From a client to the scheduler, and with a token from there to the client: added to what clients see.
+    client_s: float = 0.0
 
 
 @dataclass(slots=True)
@@ -217,7 +219,7 @@ class Replica:
         sequence_id = outcome.sequence.sequence_id
         sequence, record = self._open[sequence_id]
         assert outcome.token_id is not None, "simulated devices have no faults"
-        record.token_s.append(now_s)
+        record.token_s.append(now_s + self._timing.client_s)
         if len(record.token_s) == 1:
             self._admission.progressed(sequence_id, sequence.num_prompt_tokens, now_s)
             self.num_rt_prompt_tokens -= sequence.num_prompt_tokens if record.is_rt else 0
