@@ -322,3 +322,22 @@ def test_same_calls_give_the_same_plans():
                 bench.add(RT if number % 2 else BE, 20 + number, max_new_tokens=10)
             plans[-1].append(bench.step())
     assert plans[0] == plans[1]
+
+
+def test_real_time_sequences_that_outgrow_the_memory_lend_each_other_what_is_needed():
+    """Nobody is computed anew: the one that can wait longest gives a block at a time, and gets it back from the host."""
+    bench = Bench(num_blocks=10, num_host_blocks=16)
+    patient = bench.add(RT, 48, max_new_tokens=80, ttft_s=5.0, tpot_s=0.5)
+    urgent = bench.add(RT, 48, max_new_tokens=80, ttft_s=5.0, tpot_s=0.05)
+    num_lost_blocks = []
+    while urgent.state is not SequenceState.FINISHED:
+        before = bench.kv.num_owned_blocks(patient.sequence_id)
+        bench.step()
+        num_lost_blocks.append(before - bench.kv.num_owned_blocks(patient.sequence_id))
+    assert max(num_lost_blocks) == 1
+    assert sum(num_lost > 0 for num_lost in num_lost_blocks) >= 3
+    assert bench.num_copied_out_tokens >= 3 * 16 - 15
+    bench.run()
+    assert bench.num_restored_tokens == bench.num_copied_out_tokens
+    assert met_targets(urgent) == (True, True) == met_targets(patient)
+    assert patient.output_token_ids == expected_output(patient)[0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from typing import Final
 
-from bros_router.scheduling.policies.chunking import Chunking
+from bros_router.scheduling.policies.chunking import Chunking, num_worth_restoring
 from bros_router.scheduling.policies.floor import Floor
 from bros_router.scheduling.policies.ordered import by_arrival
 from bros_router.scheduling.policies.standing import Standing
@@ -87,7 +87,7 @@ class BestEffort:
             return False
         if not _give_room(draft, standing, sequence, sequence.num_pending_tokens):
             return False
-        num_restored_tokens = _num_worth_restoring(draft, sequence, end_s)
+        num_restored_tokens = num_worth_restoring(draft, sequence, end_s)
         if num_restored_tokens:
             draft.restore(sequence, num_restored_tokens)
         num_tokens = self._chunk(draft, sequence, end_s, is_trickle)
@@ -165,21 +165,6 @@ def _num_fitting_decodes(draft: StepDraft, ready: list[Sequence], end_s: float) 
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
-
-
-def _num_worth_restoring(draft: StepDraft, sequence: Sequence, end_s: float) -> int:
-    """How many tokens to copy back from the host rather than to compute anew."""
-    num_tokens = draft.kv.num_restorable_tokens(sequence.sequence_id, sequence.num_computed_tokens)
-    shape = draft.shape
-    while num_tokens > 0:
-        copied_s = draft.latency_model.bound_s(shape.with_copies(num_tokens))
-        computed_s = draft.latency_model.bound_s(shape.with_sequence(sequence.num_computed_tokens, num_tokens))
-        if copied_s > computed_s:
-            return 0
-        if draft.start_s + copied_s <= end_s or not draft.chunks:
-            return num_tokens
-        num_tokens = num_tokens // 2 // draft.kv.block_size * draft.kv.block_size
-    return 0
 
 
 def _give_room(draft: StepDraft, standing: Standing, sequence: Sequence, num_tokens: int) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -18,7 +19,7 @@ from bros_router.scheduling.batch_cap import BatchCap, CapControl
 from bros_router.scheduling.deadlines import first_token_deadline_s, met_targets, paced_deadline_s, strict_deadline_s
 from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.best_effort import BestEffort
-from bros_router.scheduling.policies.chunking import Chunking
+from bros_router.scheduling.policies.chunking import Chunking, num_worth_restoring
 from bros_router.scheduling.policies.floor import Floor
 from bros_router.scheduling.policies.ordered import by_arrival
 from bros_router.scheduling.policies.standing import Standing
@@ -193,30 +194,35 @@ class BrosPolicy:
         self, draft: StepDraft, standing: Standing, sequence: Sequence, num_tokens: int, end_s: float = math.inf
     ) -> bool:
         """See to memory for a real-time sequence: at the cost of best-effort ones; as a last resort, if it decodes
-        already, at the cost of the real-time one that can wait longest, which may be itself."""
+        already or nothing else runs, at the cost of real-time ones that can wait longer."""
         if draft.shortfall(sequence, num_tokens) == 0:
             return True
         if draft.make_room(sequence, num_tokens, standing.be_victims(), end_s):
             return True
-        if sequence.state is SequenceState.WAITING or not sequence.is_decoding:
+        if draft.chunks and not (sequence.state is SequenceState.RUNNING and sequence.is_decoding):
             return False
+        # Those that are behind already first: then few wait with memory that helps nobody.
         others = [other for other in draft.running if other.request_class is RequestClass.RT and not draft.holds(other)]
-        others.sort(key=due_s, reverse=True)
-        for other in others:
-            draft.preempt(other)
-            if other is sequence:
-                return False
-            if draft.shortfall(sequence, num_tokens) == 0:
-                return True
-        return False
+        others.sort(key=lambda other: (other.is_late, not other.is_decoding, due_s(other)), reverse=True)
+        can_wait_longer = itertools.takewhile(lambda other: other is not sequence, others)
+        return draft.make_room(sequence, num_tokens, can_wait_longer, end_s)
+
+    def _restore(self, draft: StepDraft, standing: Standing, sequence: Sequence, end_s: float) -> None:
+        """Copy back what a real-time sequence lost to another, if there is room and it is not faster computed anew."""
+        if not draft.kv.num_restorable_tokens(sequence.sequence_id, sequence.num_computed_tokens):
+            return
+        if self._give_room(draft, standing, sequence, sequence.num_pending_tokens, end_s):
+            num_tokens = num_worth_restoring(draft, sequence, end_s)
+            if num_tokens:
+                draft.restore(sequence, num_tokens)
 
     def _prefill_real_time(self, draft: StepDraft, standing: Standing, end_s: float) -> float:
         """Chunks of real-time prompts, the most urgent first. Returns when the step must have ended for all."""
-        prefilling = sorted(standing.prefilling, key=self._rt_waiting.latest_start_s)
         bound_s = end_s
         is_any_left_out = False
-        for sequence in self._next_prompts(draft, prefilling):
+        for sequence in self._next_prompts(draft, standing):
             is_new = sequence.state is SequenceState.WAITING
+            self._restore(draft, standing, sequence, bound_s)
             num_pending_tokens = sequence.num_pending_tokens
             num_tokens = self._chunking.largest(draft, sequence, bound_s)
             if num_tokens == 0 and self._num_starved_steps >= _MOST_STARVED_STEPS:
@@ -229,7 +235,9 @@ class BrosPolicy:
             if len(draft.chunks) >= (draft.max_num_sequences if is_new else draft.limits.max_num_sequences):
                 break
             if not self._give_room(draft, standing, sequence, num_pending_tokens, bound_s):
-                break  # it waits for memory, which others free the sooner the more they do
+                if is_new or sequence.first_token_s is None:
+                    break  # it waits for memory, which others free the sooner the more they do
+                continue  # it has a lead to live on, so what memory there is may go to a first token
             if is_new:
                 self._rt_waiting.remove(sequence)
             draft.add(sequence, num_tokens, num_pending_tokens)
@@ -240,22 +248,29 @@ class BrosPolicy:
         self._num_starved_steps += is_any_left_out
         return bound_s
 
-    def _next_prompts(self, draft: StepDraft, prefilling: list[Sequence]) -> Iterator[Sequence]:
-        """Real-time prompts to go on with, the most urgent first; those that are too late are relegated on the way."""
-        position = 0
+    def _next_prompts(self, draft: StepDraft, standing: Standing) -> Iterator[Sequence]:
+        """Real-time prompts to go on with, the most urgent first, and what was preempted, which is computed anew like
+        a prompt; those that are too late are relegated on the way."""
+        # A prompt that was begun goes before others: it holds memory.
+        latest_start_s = self._rt_waiting.latest_start_s
+        begun = deque(sorted(standing.prefilling, key=latest_start_s))
+        behind = deque(sorted(standing.behind, key=latest_start_s))
         while draft.num_tokens_left > 0:
             waiting = self._rt_waiting.peek()
             if waiting is not None and self._relegate(draft, waiting):
                 continue
-            if position < len(prefilling):
-                # A prompt that was begun goes first: it holds memory.
-                if prefilling[position].sequence_id not in draft.victims:
-                    yield prefilling[position]
-                position += 1
-            elif waiting is not None and draft.may_run(waiting):
-                yield waiting
+            if waiting is not None and not draft.may_run(waiting):
+                waiting = None
+            if begun:
+                sequence = begun.popleft()
+            elif behind and (waiting is None or latest_start_s(behind[0]) <= latest_start_s(waiting)):
+                sequence = behind.popleft()
+            elif waiting is not None:
+                sequence = waiting
             else:
                 return
+            if sequence.sequence_id not in draft.victims:
+                yield sequence
 
     def _relegate(self, draft: StepDraft, sequence: Sequence) -> bool:
         """Put a waiting sequence with the late ones if it cannot meet its target even alone. Returns whether it is."""
@@ -284,6 +299,7 @@ class BrosPolicy:
         for sequence in standing.late:
             if sequence.sequence_id in draft.victims or draft.num_sequences_left <= 0:
                 continue
+            self._restore(draft, standing, sequence, end_s)
             num_tokens = self._chunking.largest(draft, sequence, end_s)
             if num_tokens and self._give_room(draft, standing, sequence, sequence.num_pending_tokens, end_s):
                 draft.add(sequence, num_tokens, sequence.num_pending_tokens)

@@ -1,4 +1,4 @@
-"""How much of a prompt a step computes."""
+"""How much of a prompt a step computes, and how much of what was preempted it copies back instead."""
 
 from __future__ import annotations
 
@@ -36,3 +36,18 @@ class Chunking:
         """How many pending tokens of a prompt go into a step where it must advance, however little time there is."""
         num_tokens = min(sequence.num_pending_tokens, draft.num_tokens_left)
         return min(_UNIT, num_tokens) if self.is_on else num_tokens
+
+
+def num_worth_restoring(draft: StepDraft, sequence: Sequence, end_s: float) -> int:
+    """How many tokens to copy back from the host rather than to compute anew."""
+    num_tokens = draft.kv.num_restorable_tokens(sequence.sequence_id, sequence.num_computed_tokens)
+    shape = draft.shape
+    while num_tokens > 0:
+        copied_s = draft.latency_model.bound_s(shape.with_copies(num_tokens))
+        computed_s = draft.latency_model.bound_s(shape.with_sequence(sequence.num_computed_tokens, num_tokens))
+        if copied_s > computed_s:
+            return 0
+        if draft.start_s + copied_s <= end_s or not draft.chunks:
+            return num_tokens
+        num_tokens = num_tokens // 2 // draft.kv.block_size * draft.kv.block_size
+    return 0
