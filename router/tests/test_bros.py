@@ -325,7 +325,7 @@ def test_same_calls_give_the_same_plans():
 
 
 def test_real_time_sequences_that_outgrow_the_memory_lend_each_other_what_is_needed():
-    """Nobody is computed anew: the one that can wait longest gives a block at a time, and gets it back from the host."""
+    """Nobody is computed anew: the one that can wait longest gives a block at a time, and gets it back."""
     bench = Bench(num_blocks=10, num_host_blocks=16)
     patient = bench.add(RT, 48, max_new_tokens=80, ttft_s=5.0, tpot_s=0.5)
     urgent = bench.add(RT, 48, max_new_tokens=80, ttft_s=5.0, tpot_s=0.05)
