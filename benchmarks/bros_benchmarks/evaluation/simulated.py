@@ -33,8 +33,10 @@ from bros_benchmarks.scheduling import measure
 
 #: The others are tuned at R*, where they may be hopeless, and at this share of it as well.
 _LOW_SHARE: Final = 0.33
-#: Experiments beyond the comparison at R*.
+#: Experiments beyond the comparison at R*, for the first scenario.
 _PARTS: Final = ("rates", "pure-rt", "slo", "ablation", "burst", "kv", "cost")
+#: And for others: where time is scarcer than memory, other parts of the policy matter.
+_FURTHER_PARTS: Final = {"azure-code": ("ablation",)}
 #: Lengths of the queue for which the cost of planning is measured, with 256 sequences running.
 _QUEUES: Final = (0, 1000, 10_000, 100_000)
 
@@ -123,7 +125,7 @@ class SimulatedEvaluation:
             study.slo_scales(rate, best)
         if "ablation" in parts:
             for condition, results in by_label(study.ablate(rate, best["bros"]), "condition").items():
-                show(policy_table(f"{scenario.name}: one part off at a time, {condition}", results))
+                show(policy_table(f"one part off at a time: {condition}", results))
         if "burst" in parts:
             show(policy_table(f"{scenario.name}: burst, 10 x the rate for 20 s", study.burst(rate, best)))
         if "kv" in parts:
@@ -205,7 +207,8 @@ def main() -> None:
     ):
         for index, name in enumerate(scenarios):
             evaluation = SimulatedEvaluation(simulations, efforts[name], console)
-            evaluation.run(SCENARIOS[name], options.parts if index == 0 else ())
+            parts = options.parts if index == 0 else _FURTHER_PARTS.get(name, ())
+            evaluation.run(SCENARIOS[name], parts)
     if "cost" in options.parts:  # after the others have ended: this is about real time
         write_json(simulations.folder / "cost.json", scheduler_cost())
     for path in draw_all(simulations.folder):

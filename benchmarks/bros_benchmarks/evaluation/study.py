@@ -34,6 +34,8 @@ _BURST_START_S: Final = 150.0
 _KV_SHARES: Final = (1.0, 0.75, 0.5, 0.35, 0.25)
 _KV_RATE_SHARE: Final = 0.5
 _SLO_SCALES: Final = (2.0, 5.0, 10.0, 25.0)
+#: Targets of the ablation where time is scarce: so many times the unloaded latency.
+_TIGHT_SCALE: Final = 3.0
 #: Short runs do not wait for the very longest replies: what they leave unfinished counts as missed.
 _SHORT_DRAIN_S: Final = 150.0
 _SHORT_WARM_UP_S: Final = 30.0
@@ -130,16 +132,24 @@ class Study:
         return Ceiling(be_tokens_per_s, slopes_at(HARDWARE[self._scenario.base.hardware], base))
 
     def ablate(self, rate: float, bros: Variant) -> list[Result]:
-        """One part off at a time: at R*, in overload, and with half of the KV region."""
+        """One part off at a time: at R*, in overload, with a quarter of the KV region, and with tight targets.
+
+        A small token budget keeps steps short by itself, so the last is with the largest.
+        """
+        scenario = self._scenario.base
+        limits = replace(bros.setup.limits, max_batch_tokens=max(self._effort.budgets))
+        wide = replace(bros, setup=replace(bros.setup, limits=limits))
         conditions = {
-            "R*": (rate, bros),
-            "1.3 R*": (1.3 * rate, bros),
-            "R*/2, half the KV": (0.5 * rate, self._with_kv(bros, 0.5)),
+            "R*": (rate, bros, scenario),
+            "1.3 R*": (1.3 * rate, bros, scenario),
+            "R*/2, a quarter of the KV": (0.5 * rate, self._with_kv(bros, 0.25), scenario),
+            "R*/2, tight targets": (0.5 * rate, wide, replace(scenario, targets=_TIGHT_SCALE)),
         }
         results = []
-        for condition, (condition_rate, variant) in conditions.items():
+        for condition, (condition_rate, variant, base) in conditions.items():
             pairs = [(ablated, condition_rate) for ablated in ablations(variant.setup)]
-            results += self._run("ablation", pairs, self._effort.short_seeds, condition=condition)
+            name = f"{self._scenario.name}, {condition}"
+            results += self._run("ablation", pairs, self._effort.short_seeds, base, condition=name)
         return results
 
     # --- curves
