@@ -10,6 +10,8 @@ import pytest
 #: A few hundred tokens, so little that real-time prompts must take blocks from best-effort sequences.
 NUM_SLOTS = 640
 NUM_BE_TOKENS = 60
+RT_PREEMPTIONS = 'bros_preemptions_total{class="rt"}'
+BLOCKS_COPIED_IN = 'bros_kv_blocks_copied_total{direction="in"}'
 
 
 def generate(server, prompt: str, num_tokens: int, **headers: str) -> str:
@@ -34,6 +36,7 @@ def small_server(launch):
 def test_best_effort_text_is_the_same_however_often_it_is_preempted(server, small_server):
     prompts = [f"def function_{number}(value, other):\n" * 4 for number in range(8)]
     expected = [generate(server, prompt, NUM_BE_TOKENS) for prompt in prompts]
+    num_rt_preemptions = small_server.metric(RT_PREEMPTIONS)
     with concurrent.futures.ThreadPoolExecutor(40) as threads:
         batch = [
             threads.submit(generate, small_server, prompt, NUM_BE_TOKENS, x_request_class="be") for prompt in prompts
@@ -47,8 +50,18 @@ def test_best_effort_text_is_the_same_however_often_it_is_preempted(server, smal
         assert [job.result() for job in batch] == expected
     assert small_server.metric('bros_preemptions_total{class="be"}') > 0
     assert small_server.metric('bros_kv_blocks_copied_total{direction="out"}') > 0
-    assert small_server.metric('bros_kv_blocks_copied_total{direction="in"}') > 0
-    assert small_server.metric('bros_preemptions_total{class="rt"}') == 0
+    assert small_server.metric(BLOCKS_COPIED_IN) > 0
+    assert small_server.metric(RT_PREEMPTIONS) == num_rt_preemptions
+
+
+def test_chats_that_outgrow_the_memory_together_end_with_the_same_text(server, small_server):
+    prompts = [f"class Number{number}:\n" * 8 for number in range(8)]
+    expected = [generate(server, prompt, 100) for prompt in prompts]
+    num_preemptions, num_restored = (small_server.metric(name) for name in (RT_PREEMPTIONS, BLOCKS_COPIED_IN))
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda prompt: generate(small_server, prompt, 100), prompts)) == expected
+    assert small_server.metric(RT_PREEMPTIONS) > num_preemptions
+    assert small_server.metric(BLOCKS_COPIED_IN) > num_restored
 
 
 def test_batch_dump_never_makes_a_chat_answer_429(launch):
