@@ -73,6 +73,7 @@ def ablations(setup: Setup) -> list[Variant]:
         "- chunks": replace(bros, chunks=False),
         "- relegation": replace(bros, relegates=False),
         "- short steps": replace(bros, keeps_steps_short=False),
+        "- time for memory": replace(bros, gives_time_for_memory=False),
         "- BE floor": replace(bros, be_max_wait_s=math.inf),
         "hard BE floor": replace(bros, is_floor_hard=True),
     }

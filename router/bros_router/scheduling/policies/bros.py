@@ -35,10 +35,14 @@ _GUARD: Final = 0.05
 _MOST_STARVED_STEPS: Final = 4
 #: Best-effort work may make a step of real-time decodes this many times as long, whatever the limit of a step is.
 _SMALLEST_STRETCH: Final = 1.5
-#: KV blocks kept free of new best-effort sequences while there is real-time work, for bursts and for the growth of what
-#: runs (Echo's idea; the shares are ours): a share of all blocks, or of those that real-time sequences hold, if more.
+#: Best-effort work adds at most so much of the time of the decodes to a step, times its share of the memory over
+#: theirs.
+_TIME_FOR_MEMORY: Final = 0.5
+#: A real-time prompt keeps steps short as long as its slack is more than so many times what it needs alone.
+_PATIENT_SLACK: Final = 2.0
+#: Share of KV blocks kept free of new best-effort sequences while there is real-time work, for bursts and for what runs
+#: to grow into (Echo's idea; the share is ours).
 _RESERVED_SHARE: Final = 0.05
-_RESERVED_RT_SHARE: Final = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -53,8 +57,10 @@ class BrosOptions:
     relegates: bool = True
     #: Best-effort work runs beside real-time work; else only while there is none.
     fills: bool = True
-    #: A step with best-effort work in it stays short, for the real-time request that may come while it runs.
+    #: A step with work in it that can wait stays short, for the real-time request that may come while it runs.
     keeps_steps_short: bool = True
+    #: The more memory real-time sequences hold, the less best-effort work lengthens their steps.
+    gives_time_for_memory: bool = True
     #: Full best-effort blocks are copied to the host ahead of time.
     checkpoints: bool = True
     cap_control: CapControl = CapControl.AIMD
@@ -70,6 +76,7 @@ PAPER_OPTIONS: Final = BrosOptions(
     chunks=False,
     relegates=False,
     keeps_steps_short=False,
+    gives_time_for_memory=False,
     checkpoints=False,
     cap_control=CapControl.RESET,
     be_max_wait_s=math.inf,
@@ -143,21 +150,22 @@ class BrosPolicy:
         """Fill the step: real-time decodes, real-time prompts, late ones, best-effort decodes and prompts."""
         step_limit_s = self._step_limit.seconds(draft.now_s)
         has_real_time = step_limit_s < math.inf
-        draft.kv.num_reserved_blocks = self._num_blocks_to_reserve(draft) if has_real_time else 0
+        draft.kv.num_reserved_blocks = int(draft.kv.num_blocks * _RESERVED_SHARE) if has_real_time else 0
         draft.max_num_sequences = self.cap.value
         standing = Standing.of(draft.running)
         end_s = self._decode_real_time(draft, standing)
         is_too_long = draft.end_s > end_s
-        # Where the decodes alone take about as long as the limit, it would leave nothing for best-effort work and
-        # hardly shorten the wait.
-        step_limit_s = max(step_limit_s, _SMALLEST_STRETCH * self._model.predict_s(draft.shape))
-        end_s = self._prefill_real_time(draft, standing, end_s)
+        decodes_s = self._model.predict_s(draft.shape)
+        # Where the decodes alone take about as long as the limit, it would leave nothing for other work and hardly
+        # shorten the wait.
+        limit_s = max(step_limit_s, _SMALLEST_STRETCH * decodes_s) if self._options.keeps_steps_short else math.inf
+        end_s = self._prefill_real_time(draft, standing, end_s, self._soft_end_s(draft, limit_s))
         self._run_late(draft, standing, end_s)
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
-            if self._options.keeps_steps_short:
-                # The limit is no deadline: it is meant for the usual step, not for the slowest of twenty.
-                end_s = min(end_s, draft.start_s + step_limit_s * self._model.margin)
+            if self._options.gives_time_for_memory and standing.decoding:
+                limit_s = min(limit_s, self._stretch(draft) * decodes_s)
+            end_s = min(end_s, self._soft_end_s(draft, limit_s))
             is_bound = not self._best_effort.decode(draft, standing, end_s)
             if not is_bound:
                 self._best_effort.prefill(draft, standing, end_s)
@@ -165,12 +173,19 @@ class BrosPolicy:
                 self._best_effort.checkpoint(draft, standing, end_s)
         self.cap.note_step(is_bound=is_bound, is_too_long=is_too_long)
 
-    def _num_blocks_to_reserve(self, draft: StepDraft) -> int:
-        # The more memory real-time sequences hold, the more it matters that they are done soon: best-effort work makes
-        # their steps longer, so they hold it for longer, until they do not fit any more.
-        kv = draft.kv
-        num_rt_blocks = kv.num_used_blocks(RequestClass.RT)
-        return int(max(_RESERVED_SHARE * kv.num_blocks, _RESERVED_RT_SHARE * num_rt_blocks))
+    def _soft_end_s(self, draft: StepDraft, limit_s: float) -> float:
+        """When a step of `limit_s` ends, were it as slow as the margin allows for: a limit is no deadline, it is meant
+        for the usual step."""
+        return draft.start_s + limit_s * self._model.margin
+
+    def _stretch(self, draft: StepDraft) -> float:
+        """How many times as long as its real-time decodes a step may be for the sake of best-effort work.
+
+        Best-effort work makes steps longer, so real-time sequences hold their memory for longer, which leaves less of
+        it for best-effort work. So it gets time in proportion to its memory.
+        """
+        rt_share = draft.kv.num_used_blocks(RequestClass.RT) / draft.kv.num_blocks
+        return 1.0 + _TIME_FOR_MEMORY * (1.0 - rt_share) / rt_share if rt_share > 0.0 else math.inf
 
     # --- real-time
 
@@ -216,28 +231,42 @@ class BrosPolicy:
             if num_tokens:
                 draft.restore(sequence, num_tokens)
 
-    def _prefill_real_time(self, draft: StepDraft, standing: Standing, end_s: float) -> float:
-        """Chunks of real-time prompts, the most urgent first. Returns when the step must have ended for all."""
+    def _prefill_real_time(self, draft: StepDraft, standing: Standing, end_s: float, soft_end_s: float) -> float:
+        """Chunks of real-time prompts, the most urgent first. Those that have time keep to `soft_end_s`.
+
+        Returns:
+            When the step must have ended for all.
+        """
         bound_s = end_s
         is_any_left_out = False
-        for sequence in self._next_prompts(draft, standing):
+        begun = deque(sorted((*standing.prefilling, *standing.behind), key=self._rt_waiting.latest_start_s))
+        takes_new = True
+        while draft.num_tokens_left > 0 and len(draft.chunks) < draft.limits.max_num_sequences:
+            sequence = self._next_prompt(draft, begun, takes_new=takes_new)
+            if sequence is None:
+                break
             is_new = sequence.state is SequenceState.WAITING
+            if is_new and draft.num_sequences_left <= 0:
+                takes_new = False
+                continue
             self._restore(draft, standing, sequence, bound_s)
             num_pending_tokens = sequence.num_pending_tokens
-            num_tokens = self._chunking.largest(draft, sequence, bound_s)
+            has_time = soft_end_s < bound_s and self._is_patient(draft, sequence)
+            num_tokens = self._chunking.largest(draft, sequence, soft_end_s if has_time else bound_s)
+            if num_tokens == 0 and has_time:
+                if draft.chunks:
+                    break  # those that follow can wait as well
+                num_tokens = self._chunking.largest(draft, sequence, bound_s)
             if num_tokens == 0 and self._num_starved_steps >= _MOST_STARVED_STEPS:
                 num_tokens = self._chunking.smallest(draft, sequence)
             if num_tokens == 0:
                 is_any_left_out = True
                 bound_s = min(bound_s, self._reachable_s(draft, self._rt_waiting.latest_start_s(sequence)))
                 break
-            # A prompt that holds memory goes on whatever the cap says: it has a deadline.
-            if len(draft.chunks) >= (draft.max_num_sequences if is_new else draft.limits.max_num_sequences):
-                break
             if not self._give_room(draft, standing, sequence, num_pending_tokens, bound_s):
-                if is_new or sequence.first_token_s is None:
-                    break  # it waits for memory, which others free the sooner the more they do
-                continue  # it has a lead to live on, so what memory there is may go to a first token
+                # It waits for memory, which those that run free the sooner the more they do.
+                takes_new = takes_new and not is_new
+                continue
             if is_new:
                 self._rt_waiting.remove(sequence)
             draft.add(sequence, num_tokens, num_pending_tokens)
@@ -248,29 +277,25 @@ class BrosPolicy:
         self._num_starved_steps += is_any_left_out
         return bound_s
 
-    def _next_prompts(self, draft: StepDraft, standing: Standing) -> Iterator[Sequence]:
-        """Real-time prompts to go on with, the most urgent first, and what was preempted, which is computed anew like
-        a prompt; those that are too late are relegated on the way."""
-        # A prompt that was begun goes before others: it holds memory.
-        latest_start_s = self._rt_waiting.latest_start_s
-        begun = deque(sorted(standing.prefilling, key=latest_start_s))
-        behind = deque(sorted(standing.behind, key=latest_start_s))
-        while draft.num_tokens_left > 0:
+    def _next_prompt(self, draft: StepDraft, begun: deque[Sequence], *, takes_new: bool) -> Sequence | None:
+        """The real-time prompt to go on with, by when it must start at the latest: the first of `begun`, which gives it
+        up, or of those that wait. Those that are too late are relegated on the way."""
+        while begun and begun[0].sequence_id in draft.victims:
+            begun.popleft()
+        waiting = self._rt_waiting.peek()
+        while waiting is not None and self._relegate(draft, waiting):
             waiting = self._rt_waiting.peek()
-            if waiting is not None and self._relegate(draft, waiting):
-                continue
-            if waiting is not None and not draft.may_run(waiting):
-                waiting = None
-            if begun:
-                sequence = begun.popleft()
-            elif behind and (waiting is None or latest_start_s(behind[0]) <= latest_start_s(waiting)):
-                sequence = behind.popleft()
-            elif waiting is not None:
-                sequence = waiting
-            else:
-                return
-            if sequence.sequence_id not in draft.victims:
-                yield sequence
+        if waiting is not None and not (takes_new and draft.may_run(waiting)):
+            waiting = None
+        latest_start_s = self._rt_waiting.latest_start_s
+        if begun and (waiting is None or latest_start_s(begun[0]) <= latest_start_s(waiting)):
+            return begun.popleft()
+        return waiting
+
+    def _is_patient(self, draft: StepDraft, sequence: Sequence) -> bool:
+        """Whether a prompt has much more time than it needs."""
+        alone_s = self._rt_waiting.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
+        return due_s(sequence) - alone_s - draft.start_s > _PATIENT_SLACK * alone_s
 
     def _relegate(self, draft: StepDraft, sequence: Sequence) -> bool:
         """Put a waiting sequence with the late ones if it cannot meet its target even alone. Returns whether it is."""
