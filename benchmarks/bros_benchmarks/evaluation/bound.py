@@ -6,24 +6,13 @@ best-effort work. What counts is the time that real-time work *adds* to steps th
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Final
-
-import numpy as np
 
 from bros_benchmarks.evaluation.result import Result
 from bros_router.simulation.hardware import Hardware
 from bros_router.simulation.record import RequestRecord
-from bros_router.simulation.workload import Lengths
 from bros_shard.protocol import StepShape
-
-
-#: Requests that a mean is taken over.
-_NUM_DRAWS: Final = 10_000
-#: Lengths of a step among which the best is sought: shortest, longest, how many.
-_STEADY_STEPS_S: Final = (0.005, 1.0, 300)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,58 +145,6 @@ def work_fields(records: Sequence[RequestRecord], start_s: float, stop_s: float)
 def work_of(result: Result, kind: str) -> Work:
     """`offered` or `missing` real-time work of a run, a second: what `work_fields` wrote."""
     return Work(**{name: result.extra[f"{kind}_{name}"] or 0.0 for name in Work.__dataclass_fields__})
-
-
-def mean_work(lengths: Lengths) -> Work:
-    """Of one request, on average."""
-    generator = random.Random("mean work")
-    work = Work()
-    for num_prompt_tokens, num_output_tokens in (lengths.sample(generator) for _ in range(_NUM_DRAWS)):
-        work += _prefill(num_prompt_tokens) + _decodes(num_prompt_tokens, 1, num_output_tokens)
-    return work * (1 / _NUM_DRAWS)
-
-
-def steady_bound(hardware: Hardware, num_kv_tokens: int, rt: Work, be_request: Work) -> float:
-    """Best-effort requests a second at most, by time *and* by memory, if all steps were alike.
-
-    In a steady state in which every step takes s seconds, a request holds a token of KV for s seconds for each step
-    that attends to it, so the KV that is held on average is s times the context that is attended to a second. Long
-    steps leave more time beside their fixed cost, and less memory, since real-time sequences stay for longer. The
-    bound is the maximum over s. Real steps differ, prompts hold memory before they decode, and blocks are not full:
-    all of that costs more.
-
-    Args:
-        num_kv_tokens: tokens that the region holds.
-        rt: real-time work a second.
-        be_request: work of one best-effort request, on average.
-    """
-    best = 0.0
-    for step_s in np.geomspace(*_STEADY_STEPS_S):
-        num_left = num_kv_tokens - float(rt.decode_context * step_s)
-        if num_left <= 0:
-            break
-        low, high = 0.0, num_left / (be_request.decode_context * float(step_s))
-        if _mean_step_s(hardware, rt + be_request * high, float(step_s)) > step_s:
-            for _ in range(40):
-                middle = (low + high) / 2
-                fits = _mean_step_s(hardware, rt + be_request * middle, float(step_s)) <= step_s
-                low, high = (middle, high) if fits else (low, middle)
-            high = low
-        best = max(best, high)
-    return best
-
-
-def _mean_step_s(hardware: Hardware, work: Work, step_s: float) -> float:
-    """Seconds of a step that does its share of this much work a second."""
-    share = work * step_s
-    return hardware.seconds(
-        StepShape(
-            num_prefill_tokens=round(share.prefill_tokens),
-            num_decode_sequences=round(share.decodes),
-            prefill_attention=share.prefill_attention,
-            decode_context_tokens=round(share.decode_context),
-        )
-    )
 
 
 @dataclass(frozen=True, slots=True)
