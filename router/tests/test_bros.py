@@ -341,3 +341,40 @@ def test_real_time_sequences_that_outgrow_the_memory_lend_each_other_what_is_nee
     assert bench.num_restored_tokens == bench.num_copied_out_tokens
     assert met_targets(urgent) == (True, True) == met_targets(patient)
     assert patient.output_token_ids == expected_output(patient)[0]
+
+
+def test_urgent_prompt_goes_before_the_next_chunk_of_a_long_one():
+    bench = Bench(max_batch_tokens=64)
+    long = bench.add(RT, 640, max_new_tokens=1, ttft_s=10.0)
+    assert bench.step() == [(long.sequence_id, 0, 64)]
+    short = bench.add(RT, 48, max_new_tokens=1, ttft_s=0.2)
+    assert bench.step() == [(short.sequence_id, 0, 48), (long.sequence_id, 64, 16)]
+    bench.run()
+    assert met_targets(short)[0] and met_targets(long)[0]
+
+
+@pytest.mark.parametrize(("ttft_s", "first_chunk"), [(1.9, 96), (0.8, 512)])
+def test_prompt_with_time_to_spare_keeps_steps_short(ttft_s, first_chunk):
+    bench = Bench()
+    bench.add(RT, 40, max_new_tokens=1, ttft_s=0.25)  # its slack is 200 ms
+    bench.run()
+    # It needs 522 ms alone. With more than twice that to spare, steps end within 0.6 of 200 ms: 10 + 96 ms, in 16s.
+    long = bench.add(RT, 512, max_new_tokens=1, ttft_s=ttft_s)
+    assert bench.step() == [(long.sequence_id, 0, first_chunk)]
+    bench.run()
+    assert met_targets(long)[0]
+
+
+def test_best_effort_work_gets_time_beside_decodes_as_it_gets_memory():
+    chunks = {}
+    for num_blocks in (50, 200, 500):
+        bench = Bench(num_blocks=num_blocks)
+        for _ in range(5):  # 5 x 8 blocks
+            bench.add(RT, 120, ttft_s=5.0, tpot_s=5.0)
+        bench.step()
+        bench.step()
+        batch = bench.add(BE, 100)
+        chunks[num_blocks] = sum(n for sequence_id, _, n in bench.step() if sequence_id == batch.sequence_id)
+    # Five decodes take 15 ms. Where they hold 40 of 50 blocks, an eighth of that may be added, which is no chunk.
+    assert chunks[50] == 0
+    assert 0 < chunks[200] < chunks[500]
