@@ -208,13 +208,15 @@ class BrosPolicy:
     def _give_room(
         self, draft: StepDraft, standing: Standing, sequence: Sequence, num_tokens: int, end_s: float = math.inf
     ) -> bool:
-        """See to memory for a real-time sequence: at the cost of best-effort ones; as a last resort, if it decodes
-        already or nothing else runs, at the cost of real-time ones that can wait longer."""
+        """See to memory for a real-time sequence, at the cost of best-effort ones.
+
+        As a last resort real-time ones that can wait longer pay, if it was let in and decodes, or nothing else runs.
+        """
         if draft.shortfall(sequence, num_tokens) == 0:
             return True
         if draft.make_room(sequence, num_tokens, standing.be_victims(), end_s):
             return True
-        if draft.chunks and not (sequence.state is SequenceState.RUNNING and sequence.is_decoding):
+        if sequence.state is SequenceState.WAITING or (draft.chunks and not sequence.is_decoding):
             return False
         # Those that are behind already first: then few wait with memory that helps nobody.
         others = [other for other in draft.running if other.request_class is RequestClass.RT and not draft.holds(other)]
