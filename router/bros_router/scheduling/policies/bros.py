@@ -159,8 +159,9 @@ class BrosPolicy:
         # Where the decodes alone take about as long as the limit, it would leave nothing for other work and hardly
         # shorten the wait.
         limit_s = max(step_limit_s, _SMALLEST_STRETCH * decodes_s) if self._options.keeps_steps_short else math.inf
-        end_s = self._prefill_real_time(draft, standing, end_s, self._soft_end_s(draft, limit_s))
-        self._run_late(draft, standing, end_s)
+        soft_end_s = self._soft_end_s(draft, limit_s)
+        end_s = self._prefill_real_time(draft, standing, end_s, soft_end_s)
+        self._run_late(draft, standing, min(end_s, soft_end_s))
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
             if self._options.gives_time_for_memory and standing.decoding:
@@ -321,20 +322,23 @@ class BrosPolicy:
 
     def _run_late(self, draft: StepDraft, standing: Standing, end_s: float) -> None:
         """Real-time sequences that missed a target: before best-effort work, but they bound nobody."""
-        if not draft.chunks:
-            end_s = math.inf
         for sequence in standing.late:
             if sequence.sequence_id in draft.victims or draft.num_sequences_left <= 0:
                 continue
             self._restore(draft, standing, sequence, end_s)
-            num_tokens = self._chunking.largest(draft, sequence, end_s)
+            num_tokens = self._late_chunk(draft, sequence, end_s)
             if num_tokens and self._give_room(draft, standing, sequence, sequence.num_pending_tokens, end_s):
                 draft.add(sequence, num_tokens, sequence.num_pending_tokens)
         while (late := self._late_waiting.peek()) is not None and draft.num_sequences_left > 0:
             if not draft.may_run(late):
                 return
-            num_tokens = self._chunking.largest(draft, late, end_s)
+            num_tokens = self._late_chunk(draft, late, end_s)
             if not num_tokens or not self._give_room(draft, standing, late, late.num_pending_tokens, end_s):
                 return
             self._late_waiting.remove(late)
             draft.add(late, num_tokens, late.num_pending_tokens)
+
+    def _late_chunk(self, draft: StepDraft, sequence: Sequence, end_s: float) -> int:
+        """As much as there is time for, and never nothing where nothing else runs."""
+        num_tokens = self._chunking.largest(draft, sequence, end_s)
+        return num_tokens if num_tokens or draft.chunks else self._chunking.smallest(draft, sequence)
