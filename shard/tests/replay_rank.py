@@ -7,9 +7,11 @@ PLANS is a JSON list of hexadecimal frames; RESULTS becomes a JSON object from s
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 
+from bros_shard import worker as worker_module
 from bros_shard.options import ShardOptions
 from bros_shard.protocol import StepPlan, decode_from_router
 from bros_shard.worker import Worker
@@ -18,6 +20,9 @@ from bros_shard.worker import Worker
 def main() -> None:
     plans_path, results_path, *arguments = sys.argv[1:]
     options = ShardOptions.from_argv(arguments)
+    # However busy the machine is, warming up is never cut short, and what was measured before is believed.
+    worker_module._MEASURING_BUDGET_S = {options.profile_grid: math.inf}
+    worker_module._PLAYING_BUDGET_S = worker_module._LARGEST_CHANGE = math.inf
     worker = Worker(options)
     worker.warm_up()
     worker.cache.region.fill_(float("nan"))

@@ -173,7 +173,7 @@ def _run_ranks(options: ShardOptions, world_size: int, plans: list[StepPlan], fo
         )
         for rank in range(world_size)
     ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    errors = [rank.communicate(timeout=600)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * world_size, errors
     outputs: dict[str, list[int]] = json.loads(results_path.read_text())
     return outputs
