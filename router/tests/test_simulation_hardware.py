@@ -170,6 +170,13 @@ def test_resampled_hardware_is_as_noisy_as_its_points_and_slow_in_spells():
     assert num_changes < 50_000 / 30
 
 
+def test_a_file_without_steps_is_refused(tmp_path):
+    path = tmp_path / "steps.json"
+    path.write_bytes(msgspec.json.encode(measurement([])))
+    with pytest.raises(ValueError, match="no step"):
+        Fitted.read(path)
+
+
 def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "steps.json"
     path.write_text('{"name": "x"}')

@@ -67,7 +67,7 @@ def _hardware_of(context: click.Context, parameter: click.Parameter, value: str)
         return HARDWARE[value]
     try:
         return Fitted.read(Path(value))
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, msgspec.MsgspecError, ValueError) as error:
         raise click.BadParameter(
             f"{value} is none of {', '.join(HARDWARE)}, nor a file of measured steps: {error}"
         ) from None

@@ -219,6 +219,7 @@ class Fitted:
     """Step time as a `LatencyModel` fits it to measured steps."""
 
     def __init__(self, measurement: Measurement) -> None:
+        """Raises `ValueError` where nothing was measured."""
         self.name = measurement.name
         self.num_kv_tokens = measurement.num_kv_tokens
         self.num_host_tokens = measurement.num_host_tokens
@@ -231,10 +232,12 @@ class Fitted:
             for shape, seconds in measurement.points
             if seconds > 0 and (predicted_s := self._model.predict_s(shape)) > 0
         ]
+        if not self.ratios:
+            raise ValueError("it holds no step that took time")
 
     @classmethod
     def read(cls, path: Path) -> Fitted:
-        """Raises `OSError` or `msgspec.MsgspecError` where the file is missing or is no `Measurement`."""
+        """Raises `OSError`, `msgspec.MsgspecError` or `ValueError`: the file is missing, no `Measurement`, or empty."""
         return cls(msgspec.json.decode(path.read_bytes(), type=Measurement))
 
     def seconds(self, shape: StepShape) -> float:
@@ -242,13 +245,13 @@ class Fitted:
         return self._model.predict_s(shape)
 
 
-# --- both ------------------------------------------------------------------------------------------------------
+# --- with noise ------------------------------------------------------------------------------------------------
 
 
-class Noisy:
-    """Hardware whose steps vary: each takes its time multiplied by a log-normal factor with mean 1."""
+class _Varying:
+    """Hardware whose steps take their time multiplied by a factor, another one each time."""
 
-    def __init__(self, hardware: Hardware, sigma: float, seed: int, index: int = 0) -> None:
+    def __init__(self, hardware: Hardware, seed: int, index: int) -> None:
         """`index`: which of several replicas it belongs to; each has noise of its own."""
         self.name = hardware.name
         self.num_kv_tokens = hardware.num_kv_tokens
@@ -256,51 +259,50 @@ class Noisy:
         self.max_length = hardware.max_length
         self.copies_overlap = hardware.copies_overlap
         self._hardware = hardware
-        self._sigma = sigma
         self._generator = random.Random(f"{seed}/noise/{index}")
 
     def seconds(self, shape: StepShape) -> float:
         """Another duration each time."""
-        factor = self._generator.lognormvariate(-(self._sigma**2) / 2, self._sigma)
-        return factor * self._hardware.seconds(shape)
+        return self._factor() * self._hardware.seconds(shape)
+
+    def _factor(self) -> float:
+        raise NotImplementedError
+
+
+class Noisy(_Varying):
+    """Hardware whose steps vary by a log-normal factor with mean 1, each on its own."""
+
+    def __init__(self, hardware: Hardware, sigma: float, seed: int, index: int = 0) -> None:
+        """`index`: which of several replicas it belongs to; each has noise of its own."""
+        super().__init__(hardware, seed, index)
+        self._sigma = sigma
+
+    def _factor(self) -> float:
+        return self._generator.lognormvariate(-(self._sigma**2) / 2, self._sigma)
 
 
 #: Steps in a row whose noise is taken over together, about: slow spells of a shared machine last some seconds.
 _SPELL: Final = 128
 
 
-class Resampled:
-    """Fitted hardware whose steps vary as the measured ones did: each takes its time multiplied by the ratio of a
-    measured step, stretches of them in their order, since slow steps come in spells (the stationary bootstrap of
-    Politis and Romano, 1994)."""
+class Resampled(_Varying):
+    """Fitted hardware whose steps vary as the measured ones did: by the ratios of measured steps, stretches of them in
+    their order, since slow steps come in spells (the stationary bootstrap of Politis and Romano, 1994)."""
 
     def __init__(self, hardware: Fitted, seed: int, index: int = 0) -> None:
-        """`index`: which of several replicas it belongs to; each has noise of its own.
-
-        Raises:
-            ValueError: nothing was measured.
-        """
-        if not hardware.ratios:
-            raise ValueError(f"{hardware.name} has no measured steps")
-        self.name = hardware.name
-        self.num_kv_tokens = hardware.num_kv_tokens
-        self.num_host_tokens = hardware.num_host_tokens
-        self.max_length = hardware.max_length
-        self.copies_overlap = hardware.copies_overlap
-        self._hardware = hardware
-        self._generator = random.Random(f"{seed}/noise/{index}")
+        """`index`: which of several replicas it belongs to; each has noise of its own."""
+        super().__init__(hardware, seed, index)
+        self._ratios = hardware.ratios
         self._position = 0
         self._num_left = 0
 
-    def seconds(self, shape: StepShape) -> float:
-        """Another duration each time."""
-        ratios = self._hardware.ratios
+    def _factor(self) -> float:
         if self._num_left <= 0:
-            self._position = self._generator.randrange(len(ratios))
+            self._position = self._generator.randrange(len(self._ratios))
             self._num_left = math.ceil(self._generator.expovariate(1 / _SPELL))
-        self._position = (self._position + 1) % len(ratios)
+        self._position = (self._position + 1) % len(self._ratios)
         self._num_left -= 1
-        return ratios[self._position] * self._hardware.seconds(shape)
+        return self._ratios[self._position]
 
 
 #: By name, for command lines: the BROS paper's two, and two of today.
