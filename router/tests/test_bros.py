@@ -75,6 +75,14 @@ class Bench:
         raise AssertionError("it does not end")
 
 
+def leave_no_time(bench, max_new_tokens):
+    """Let 30 real-time sequences decode: that takes 40 ms, and each wants its next token after 39."""
+    for _ in range(30):
+        bench.add(RT, 16, max_new_tokens=max_new_tokens, ttft_s=5.0, tpot_s=0.039)
+    for _ in range(3):
+        bench.step()
+
+
 def test_real_time_alone_is_plain_chunked_prefill():
     """Chunks fill the token budget and decodes join them, exactly as under first come, first served."""
     plans = []
@@ -209,8 +217,7 @@ def test_best_effort_never_takes_from_real_time():
 def test_starving_work_waits_no_longer_after_the_ranks_were_replaced():
     """Steps are counted anew then, and so must be what hangs on their number."""
     bench = Bench(be_max_wait_s=1.0)
-    for _ in range(30):  # their decodes leave no time for anything else
-        bench.add(RT, 16, max_new_tokens=4000, ttft_s=5.0, tpot_s=0.039)
+    leave_no_time(bench, max_new_tokens=4000)
     waits_s = []
     for generation in (None, 1):
         if generation:
@@ -231,10 +238,7 @@ def test_starving_work_waits_no_longer_after_the_ranks_were_replaced():
 def test_starving_best_effort_gets_a_token_now_and_then():
     """Decodes that leave no time for anything else: without the floor it would wait for all of them."""
     bench = Bench(be_max_wait_s=1.0)
-    for _ in range(30):
-        bench.add(RT, 16, max_new_tokens=400, ttft_s=5.0, tpot_s=0.039)  # 30 decodes take 40 ms
-    for _ in range(3):
-        bench.step()
+    leave_no_time(bench, max_new_tokens=400)
     starving = bench.add(BE, 16, max_new_tokens=8)
     while starving.first_token_s is None and bench.now_s < 10.0:
         bench.step()
@@ -249,10 +253,7 @@ def test_soft_floor_gives_nothing_while_targets_are_missed_and_a_hard_one_does()
         missed = bench.add(RT, 16, max_new_tokens=1, ttft_s=0.001)
         bench.run()
         assert missed.is_late
-        for _ in range(30):
-            bench.add(RT, 16, max_new_tokens=100, ttft_s=5.0, tpot_s=0.039)
-        for _ in range(3):
-            bench.step()
+        leave_no_time(bench, max_new_tokens=100)
         starving = bench.add(BE, 16, max_new_tokens=8)
         bench.run()
         first_token_s[is_hard] = starving.first_token_s - starving.arrival_s
@@ -261,10 +262,7 @@ def test_soft_floor_gives_nothing_while_targets_are_missed_and_a_hard_one_does()
 
 def test_long_prompt_advances_although_decodes_leave_no_time():
     bench = Bench()
-    for _ in range(30):
-        bench.add(RT, 16, max_new_tokens=200, ttft_s=5.0, tpot_s=0.039)
-    for _ in range(3):
-        bench.step()
+    leave_no_time(bench, max_new_tokens=200)
     long = bench.add(RT, 64, max_new_tokens=2, ttft_s=1.0)
     for _ in range(40):
         bench.step()

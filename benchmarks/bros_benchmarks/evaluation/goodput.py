@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
+#: Joint attainment that a goodput stands for.
+LEVEL: Final = 0.99
 #: By so many places of the grid the rate grows or shrinks at first; then by as many as were crossed so far.
 _FIRST_STRIDE = 4
 
@@ -22,7 +25,7 @@ class GoodputSearch:
     #: Step of the grid, and thus the resolution of the result.
     ratio: float
     #: Shares of requests, 0 to 1, each searched for.
-    levels: tuple[float, ...] = (0.99, 0.90)
+    levels: tuple[float, ...] = (LEVEL, 0.90)
     #: Rates outside are not tried: below, the goodput counts as 0.
     lowest: float = 0.0
     highest: float = math.inf

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from bros_benchmarks.evaluation import targets
 from bros_benchmarks.evaluation.bound import Ceiling, charge
 from bros_benchmarks.evaluation.figures import draw_all
-from bros_benchmarks.evaluation.goodput import GoodputSearch
+from bros_benchmarks.evaluation.goodput import LEVEL, GoodputSearch
 from bros_benchmarks.evaluation.live_runner import Contender, LiveRunner, LiveSetup
 from bros_benchmarks.evaluation.recorder import describe_machine, read_json, write_json
 from bros_benchmarks.evaluation.result import Result, by_label, estimate
@@ -38,8 +38,6 @@ from bros_router.simulation.workload import BE, SHAREGPT, Lengths, burst
 _MAX_TOTAL_TOKENS: Final = 1024
 #: Multiple of the unloaded latency that is the target (Sarathi's "strict").
 _SLO_SCALE: Final = 5.0
-#: Joint attainment that a goodput stands for.
-_LEVEL: Final = 0.99
 #: Token budgets of a step that a baseline may choose from. The KV region holds too few sequences for a cap to matter.
 _BUDGETS: Final = (128, 512)
 #: What some may choose besides.
@@ -112,7 +110,7 @@ class Evaluation:
             name: GoodputSearch(
                 _FIRST * self._capacity,
                 _RATE_RATIO,
-                levels=(_LEVEL,),
+                levels=(LEVEL,),
                 lowest=_LOWEST * self._capacity,
                 highest=_HIGHEST * self._capacity,
             )
@@ -129,7 +127,7 @@ class Evaluation:
         """Seed after seed, without those that miss the level already, whatever the seeds that are left give."""
         runs: dict[tuple[Contender, float], list[Result]] = {pair: [] for pair in due}
         for seed in self._plan.seeds:
-            undecided = [pair for pair in due if self._attainable(*pair, runs[pair]) >= _LEVEL]
+            undecided = [pair for pair in due if self._attainable(*pair, runs[pair]) >= LEVEL]
             for pair, result in zip(undecided, self._run_in_turn("rates", undecided, (seed,)), strict=True):
                 runs[pair].append(result)
         return runs
@@ -315,7 +313,7 @@ def evaluate(evaluation: Evaluation, plan: Plan, console: Console) -> None:
         searches, results = evaluation.search()
         console.print(policy_table("goodput search", results))
         for name, search in searches.items():
-            goodputs[name] = search.goodput(_LEVEL)
+            goodputs[name] = search.goodput(LEVEL)
             console.print(f"{name}: goodput {goodputs[name]:.2f}/s at 99 %")
         rate = goodputs.get("bros") or 0.5 * max(goodputs.values())
     results = evaluation.compare(rate)

@@ -23,11 +23,12 @@ from rich.table import Table
 from bros_benchmarks.evaluation.bound import Ceiling, charge
 from bros_benchmarks.evaluation.effort import FULL, LIGHT, QUICK, Effort
 from bros_benchmarks.evaluation.figures import draw_all
+from bros_benchmarks.evaluation.goodput import LEVEL
 from bros_benchmarks.evaluation.recorder import describe_machine, write_json
 from bros_benchmarks.evaluation.result import Result, attainment, by_label
 from bros_benchmarks.evaluation.scenario import PAPER_SCENARIOS, SCENARIOS, Scenario, Variant
 from bros_benchmarks.evaluation.simulations import Simulations
-from bros_benchmarks.evaluation.study import LEVEL, Goodput, Study
+from bros_benchmarks.evaluation.study import Goodput, Study
 from bros_benchmarks.evaluation.tables import best_effort_table, gate_table, policy_table
 from bros_benchmarks.scheduling import measure
 

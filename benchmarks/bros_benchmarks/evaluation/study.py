@@ -9,7 +9,7 @@ from typing import Final
 
 from bros_benchmarks.evaluation.bound import Ceiling, mixed_step, slopes_at
 from bros_benchmarks.evaluation.effort import Effort
-from bros_benchmarks.evaluation.goodput import GoodputSearch
+from bros_benchmarks.evaluation.goodput import LEVEL, GoodputSearch
 from bros_benchmarks.evaluation.result import Label, Result, attainment
 from bros_benchmarks.evaluation.scenario import Scenario, Variant, ablations, with_options
 from bros_benchmarks.evaluation.simulation import Simulation
@@ -20,8 +20,6 @@ from bros_router.simulation.hardware import HARDWARE
 from bros_router.simulation.simulator import Setup
 from bros_router.simulation.workload import Poisson, burst
 
-#: Attainment that a goodput stands for.
-LEVEL: Final = 0.99
 #: Resolution of a goodput.
 _RATE_RATIO: Final = 1.05
 #: Rates that are tried before a goodput that only short runs showed is taken for none.

@@ -1,4 +1,4 @@
-"""How long a step may become by best-effort work: a real-time request that arrives just after it began must wait."""
+"""How long a step may become by work that can wait: a real-time request that arrives just after it began must wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHRINKAGE: Final = 0.6
 
 
 class StepLimit:
-    """Seconds of a step with best-effort work in it, between what the least and what the median of the recent slacks
+    """Seconds of a step with work in it that can wait, between what the least and what the median of the recent slacks
     leaves: the slack of a request is its target for the first token, less the time that its prompt needs alone.
 
     A limit for the shortest target would cost best-effort work a fifth of its throughput where short prompts want

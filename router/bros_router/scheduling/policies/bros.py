@@ -242,7 +242,7 @@ class BrosPolicy:
         """
         bound_s = end_s
         is_any_left_out = False
-        begun = deque(sorted((*standing.prefilling, *standing.behind), key=self._rt_waiting.latest_start_s))
+        begun = deque(sorted(standing.behind, key=self._rt_waiting.latest_start_s))
         takes_new = True
         while draft.num_tokens_left > 0 and len(draft.chunks) < draft.limits.max_num_sequences:
             sequence = self._next_prompt(draft, begun, takes_new=takes_new)

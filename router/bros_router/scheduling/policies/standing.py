@@ -15,13 +15,10 @@ class Standing:
     """The running sequences that a step may take up, by what they need. Each list in order of admission."""
 
     decoding: list[Sequence] = field(default_factory=list)
-    #: In prefill, without a first token.
-    prefilling: list[Sequence] = field(default_factory=list)
-    #: Preempted in part while they decoded.
+    #: More than a token behind: in prefill, or preempted in part.
     behind: list[Sequence] = field(default_factory=list)
     late: list[Sequence] = field(default_factory=list)
     be_decoding: list[Sequence] = field(default_factory=list)
-    #: More than a token behind: in prefill, or preempted in part.
     be_behind: list[Sequence] = field(default_factory=list)
     #: All best-effort ones, those too that the step cannot take up.
     be_all: list[Sequence] = field(default_factory=list)
@@ -37,14 +34,13 @@ class Standing:
             num_pending_tokens = sequence.num_pending_tokens
             if num_pending_tokens == 0 or (num_pending_tokens > 1 and sequence.num_in_flight_tokens):
                 continue  # its last token is in flight; or it was preempted with one
+            is_decoding = num_pending_tokens == 1
             if is_be:
-                (standing.be_decoding if num_pending_tokens == 1 else standing.be_behind).append(sequence)
+                (standing.be_decoding if is_decoding else standing.be_behind).append(sequence)
             elif sequence.is_late:
                 standing.late.append(sequence)
-            elif num_pending_tokens == 1:
-                standing.decoding.append(sequence)
             else:
-                (standing.prefilling if sequence.first_token_s is None else standing.behind).append(sequence)
+                (standing.decoding if is_decoding else standing.behind).append(sequence)
         return standing
 
     def be_victims(self) -> list[Sequence]:
