@@ -64,6 +64,22 @@ def test_chats_that_outgrow_the_memory_together_end_with_the_same_text(server, s
     assert small_server.metric(BLOCKS_COPIED_IN) > num_restored
 
 
+def test_chat_that_cannot_wait_is_run_in_the_middle_of_a_step(server, launch):
+    long_steps = launch("--dtype", "float32", "--max-batch-prefill-tokens", "2048").wait_until_ready()
+    batch = [f"def function_{number}(value, other):\n" * 60 for number in range(12)]
+    chat = "class Chat:\n"
+    expected = [generate(server, prompt, 4) for prompt in [*batch, chat]]
+    with concurrent.futures.ThreadPoolExecutor(len(batch)) as threads:
+        for _ in range(40):
+            jobs = [threads.submit(generate, long_steps, prompt, 4, x_request_class="be") for prompt in batch]
+            while not all(job.done() for job in jobs):
+                assert generate(long_steps, chat, 4, x_slo_ttft_ms="60", x_slo_tpot_ms="1000") == expected[-1]
+            assert [job.result() for job in jobs] == expected[:-1]
+            if long_steps.metric("bros_steps_interrupted_total") > 0:
+                return
+    pytest.fail("no step was interrupted")
+
+
 def test_batch_dump_never_makes_a_chat_answer_429(launch):
     server = launch("--max-concurrent-requests", "2", "--max-concurrent-be-requests", "200").wait_until_ready()
 

@@ -126,7 +126,7 @@ class _SentStep:
     sent_s: float
     planned: StepInFlight
     result: asyncio.Future[StepResult]
-    #: The ranks had nothing to do before it, so that they waited for it says nothing.
+    #: The ranks had nothing to do before it, or all the time: how long they waited for it says nothing.
     is_resuming: bool
 
 
@@ -157,6 +157,8 @@ class StepEngine:
         self._next_sequence_id = 0
         self._is_accepting = True
         self._in_flight: deque[_SentStep] = deque()
+        #: The step that is run in the middle of the first of these.
+        self._interruption: _SentStep | None = None
         self._guard = PlanningGuard()
         self._wakeup = asyncio.Event()
         #: The next step is the first after a time without work.
@@ -254,15 +256,18 @@ class StepEngine:
                 await self._advance()
         finally:
             self._in_flight.clear()
+            self._interruption = None
 
     async def _advance(self) -> None:
         """Take in a result, or send a plan, or wait for a reason to do either."""
-        if self._in_flight and self._in_flight[0].result.done():
-            self._commit(self._in_flight.popleft())
+        if (step := self._take_finished()) is not None:
+            self._commit(step)
             await asyncio.sleep(0)  # the clients' turn
             return
-        due_s = self._next_plan_due_s()
         now_s = time.monotonic()
+        if await self._interrupt(now_s):
+            return
+        due_s = self._next_plan_due_s()
         if due_s is not None and due_s <= now_s:
             if await self._plan(now_s):
                 return
@@ -271,6 +276,14 @@ class StepEngine:
                 self._metrics.engine_idle()
                 self._is_resuming = True
         await self._wait(due_s)
+
+    def _take_finished(self) -> _SentStep | None:
+        """A step whose result has come, in the order of the results."""
+        step = self._interruption
+        if step is not None and step.result.done():
+            self._interruption = None
+            return step
+        return self._in_flight.popleft() if self._in_flight and self._in_flight[0].result.done() else None
 
     async def _wait(self, until_s: float | None) -> None:
         """Wait for a result, a request, one that is gone, or the time."""
@@ -292,14 +305,25 @@ class StepEngine:
     async def _plan(self, now_s: float) -> bool:
         """Plan a step and send it. Returns whether there was one."""
         plan = self._scheduler.plan(now_s)
-        relegated = self._scheduler.take_relegated()
-        for sequence in relegated:
-            self._admission.relegated(sequence.sequence_id)
-        if relegated:
-            self._metrics.sequences_relegated(len(relegated))
+        self._observe_relegated()
         self._observe_queue()
         if plan is None:
             return False
+        self._in_flight.append(await self._send(plan, now_s, is_resuming=self._is_resuming))
+        self._is_resuming = False
+        return True
+
+    async def _interrupt(self, now_s: float) -> bool:
+        """Send what cannot wait for the end of the step that runs. Returns whether there was something."""
+        plan = self._scheduler.interrupt(now_s)
+        self._observe_relegated()
+        if plan is None:
+            return False
+        self._interruption = await self._send(plan, now_s, is_resuming=True)
+        self._metrics.step_interrupted()
+        return True
+
+    async def _send(self, plan: StepPlan, now_s: float, *, is_resuming: bool) -> _SentStep:
         method = _method_of(plan)
         self._metrics.step_sent(
             method,
@@ -316,9 +340,7 @@ class StepEngine:
         planned = self._scheduler.last_step
         assert planned is not None
         self._observe_plan(plan, planned)
-        self._in_flight.append(_SentStep(plan, method, now_s, planned, result, self._is_resuming))
-        self._is_resuming = False
-        return True
+        return _SentStep(plan, method, now_s, planned, result, is_resuming)
 
     def _commit(self, step: _SentStep) -> None:
         try:
@@ -407,6 +429,13 @@ class StepEngine:
         if sequence.targets is not None and sequence.targets.are_given:
             is_ttft_met, is_tpot_met = met_targets(sequence) if is_complete else (False, False)
             self._metrics.targets_judged(is_ttft_met=is_ttft_met, is_tpot_met=is_tpot_met)
+
+    def _observe_relegated(self) -> None:
+        relegated = self._scheduler.take_relegated()
+        for sequence in relegated:
+            self._admission.relegated(sequence.sequence_id)
+        if relegated:
+            self._metrics.sequences_relegated(len(relegated))
 
     def _observe_plan(self, plan: StepPlan, planned: StepInFlight) -> None:
         self._metrics.set_batch_cap(planned.max_num_sequences)

@@ -88,6 +88,11 @@ class Metrics:
         self._step_margin = self._gauge(
             "bros_step_prediction_margin", "What predicted step times are multiplied by before deadlines are judged"
         )
+        self._interruptions = Counter(
+            "bros_steps_interrupted_total",
+            "Steps that real-time prompts were run in the middle of",
+            registry=self._registry,
+        )
         self._batch_cap = self._gauge("bros_batch_cap", "Most sequences that a step may hold now")
         self._frames_dropped = self._counter(
             "bros_frames_dropped_total", "Frames from ranks that were not used, by reason", "reason"
@@ -210,6 +215,10 @@ class Metrics:
         """
         self._step_error.observe(abs(predicted_s - actual_s) / actual_s)
         self._step_margin.set(margin)
+
+    def step_interrupted(self) -> None:
+        """A step was sent to be run in the middle of another."""
+        self._interruptions.inc()
 
     def set_batch_cap(self, num_sequences: int) -> None:
         """Most sequences that the next step may hold."""

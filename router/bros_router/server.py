@@ -229,7 +229,7 @@ def make_engine(
     kv = KVManager(
         hello.num_blocks, hello.block_size, hello.num_host_blocks, preemption_of(scheduling.scheduler, options)
     )
-    limits = SchedulerLimits(batch.max_batch_prefill_tokens, batch.max_batch_size)
+    limits = SchedulerLimits(batch.max_batch_prefill_tokens, batch.max_batch_size, hello.can_interrupt)
     latency_model = LatencyModel(info.profile.points)
     policy = make_policy(scheduling.scheduler, latency_model, limits, options)
     scheduler = Scheduler(policy, kv, latency_model, limits, shards.generation)

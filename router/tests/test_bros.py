@@ -33,11 +33,12 @@ class Bench:
         num_host_blocks: int = 16,
         preemption: Preemption = Preemption.BIDIR,
         policy=None,
+        can_interrupt: bool = False,
         **options,
     ) -> None:
         self.model = ExactModel()
         self.kv = KVManager(num_blocks, 16, num_host_blocks, preemption)
-        limits = SchedulerLimits(max_batch_tokens, 256)
+        limits = SchedulerLimits(max_batch_tokens, 256, can_interrupt)
         options.setdefault("cap_control", CapControl.OFF)
         self.policy = policy or BrosPolicy(self.model, limits, BrosOptions(**options))
         self.scheduler = Scheduler(self.policy, self.kv, self.model, limits)
@@ -365,14 +366,101 @@ def test_prompt_with_time_to_spare_keeps_steps_short(ttft_s, first_chunk):
 
 def test_best_effort_work_gets_time_beside_decodes_as_it_gets_memory():
     chunks = {}
-    for num_blocks in (50, 200, 500):
+    for num_blocks in (60, 240, 440):
         bench = Bench(num_blocks=num_blocks)
+        bench.add(BE, 90, max_new_tokens=20)
+        bench.run()  # now it is known what best-effort sequences are like
         for _ in range(5):  # 5 x 8 blocks
             bench.add(RT, 120, ttft_s=5.0, tpot_s=5.0)
         bench.step()
         bench.step()
-        batch = bench.add(BE, 100)
+        batch = bench.add(BE, 500)
         chunks[num_blocks] = sum(n for sequence_id, _, n in bench.step() if sequence_id == batch.sequence_id)
-    # Five decodes take 15 ms. Where they hold 40 of 50 blocks, an eighth of that may be added, which is no chunk.
-    assert chunks[50] == 0
-    assert 0 < chunks[200] < chunks[500]
+    # With 240 blocks, 188 are left beside those of the decodes and a reserve of 12: 30 sequences of 100 tokens, and 0.6
+    # of them are 18. Each decodes, and brings 4.5 tokens of a prompt: 99 tokens, or 96 in 16s.
+    assert chunks == {60: 0, 240: 96, 440: 192}
+
+
+# --- interruptions
+
+
+def begin_step(bench):
+    """Let the ranks begin a step of 250 ms with a best-effort prompt in it; returns the plan."""
+    bench.add(BE, 240, max_new_tokens=2)
+    plan = bench.scheduler.plan(bench.now_s)
+    assert shapes(plan) == [(1, 0, 240)]
+    bench.now_s += 0.001
+    return plan
+
+
+def test_prompt_that_cannot_wait_is_run_in_the_middle_of_a_step():
+    bench = Bench(can_interrupt=True)
+    running = begin_step(bench)
+    chat = bench.add(RT, 32, max_new_tokens=3, ttft_s=0.1, tpot_s=0.4)
+    plan = bench.scheduler.interrupt(bench.now_s)
+    assert plan.is_interruption
+    assert shapes(plan) == [(chat.sequence_id, 0, 32)]
+    assert bench.scheduler.free_at_s(bench.now_s) == pytest.approx(0.250 + 0.042)
+    running_result = bench.ranks.execute(running)
+    bench.scheduler.commit(bench.ranks.execute_within(plan, running), bench.now_s + 0.042)
+    assert len(chat.output_token_ids) == 1
+    bench.scheduler.commit(running_result, bench.now_s + 0.291)
+    bench.now_s += 0.291
+    assert bench.step()[0] == (chat.sequence_id, 32, 1)
+    bench.run()
+    assert met_targets(chat) == (True, True)
+    assert chat.output_token_ids == expected_output(chat)[0]
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "ttft_s", "why"),
+    [
+        (32, 1.0, "it can wait for the next step"),
+        (32, 0.040, "it is too late in any case"),
+        (600, 0.75, "no step holds it whole"),
+        (16 * 50, 1.0, "its blocks are not free"),
+    ],
+)
+def test_step_is_not_interrupted_without_need_or_use(num_prompt_tokens, ttft_s, why):
+    bench = Bench(num_blocks=64, max_batch_tokens=1024 if "blocks" in why else 512, can_interrupt=True)
+    begin_step(bench)
+    bench.add(RT, num_prompt_tokens, ttft_s=ttft_s)
+    assert bench.scheduler.interrupt(bench.now_s) is None, why
+
+
+def test_step_is_interrupted_by_all_who_are_in_time_together_and_then_again():
+    bench = Bench(can_interrupt=True)
+    running = begin_step(bench)
+    bench.ranks.execute(running)
+    first, second = (bench.add(RT, 32, ttft_s=0.1) for _ in range(2))
+    third = bench.add(RT, 64, ttft_s=0.2)
+    # 10 + 64 ms are in time for both, 10 + 128 ms are not.
+    plan = bench.scheduler.interrupt(bench.now_s)
+    assert shapes(plan) == [(first.sequence_id, 0, 32), (second.sequence_id, 0, 32)]
+    assert bench.scheduler.interrupt(bench.now_s) is None  # one at a time
+    bench.scheduler.commit(bench.ranks.execute_within(plan, running), bench.now_s + 0.074)
+    assert shapes(bench.scheduler.interrupt(bench.now_s + 0.074)) == [(third.sequence_id, 0, 64)]
+
+
+def test_nothing_is_interrupted_once_the_next_step_was_sent_or_where_ranks_cannot():
+    bench = Bench(can_interrupt=True)
+    begin_step(bench)
+    bench.scheduler.plan(bench.now_s)
+    bench.add(RT, 32, ttft_s=0.1)
+    assert bench.scheduler.interrupt(bench.now_s) is None
+    for bench in (Bench(can_interrupt=False), Bench(can_interrupt=True, interrupts=False)):
+        begin_step(bench)
+        bench.add(RT, 32, ttft_s=0.1)
+        assert bench.scheduler.interrupt(bench.now_s) is None
+
+
+def test_interruption_leaves_alone_what_the_running_step_may_still_write_to():
+    bench = Bench(num_blocks=16, can_interrupt=True)
+    begin_step(bench)  # 15 of 16 blocks
+    batch = next(iter(bench.scheduler._running.values()))
+    bench.add(RT, 32, ttft_s=0.1)
+    assert bench.scheduler.interrupt(bench.now_s) is None
+    bench.scheduler.finish(batch)
+    assert bench.kv.num_free_blocks == 16
+    assert bench.scheduler.interrupt(bench.now_s) is None
+    assert bench.scheduler.plan(bench.now_s) is not None  # it runs after that step

@@ -182,6 +182,26 @@ def test_tail_that_moves_and_is_taken_in_one_step_is_saved_from_where_it_was(kv)
     assert copies.tail_moves == []
 
 
+def test_beside_a_running_step_only_what_it_does_not_know_of_is_free(kv):
+    grow(kv, 1, RT, 8)
+    grow(kv, 2, BE, 2)
+    grow(kv, 3, RT, 2)  # beside sequence 2
+    kv.take_copies()  # the step begins
+    assert (kv.num_free_blocks, kv.num_shared_blocks) == (2, 1)
+    kv.release(1)
+    kv.release(3)
+    with kv.beside_running_step():
+        assert kv.num_free_blocks == 2
+        assert kv.shortfall(4, RT, 24) == 1
+        kv.grow(4, RT, 9)
+    assert kv.take_changes(4)[1] == [forward_entry(1), forward_entry(2)]  # not the gap that sequence 3 left
+    assert kv.num_free_blocks == 1
+    kv.take_copies()  # the next step was planned
+    with kv.beside_running_step():
+        kv.grow(5, RT, 8)
+    assert kv.take_changes(5)[1] == [forward_entry(0)]
+
+
 def test_release_gives_everything_back(kv):
     grow(kv, 1, BE, 20)
     grow(kv, 2, RT, 4)

@@ -23,7 +23,7 @@ from bros_router.scheduling.policies.registry import POLICY_NAMES, PolicyOptions
 from bros_router.scheduling.scheduler import Scheduler, StepMismatchError
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.step_draft import SchedulerLimits
-from bros_shard.protocol import SequenceResult, StepResult
+from bros_shard.protocol import SequenceResult, StepPlan, StepResult
 from simulated_ranks import VOCAB_SIZE, ExactModel, SimulatedRanks, expected_output, make_sequence, shapes
 
 
@@ -209,11 +209,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         preemption = preemption_of(self.policy_name, self.options)
         self.kv = KVManager(7, 4, self.num_host_blocks, preemption)
-        limits, model = SchedulerLimits(self.max_batch_tokens, max_num_sequences=5), ExactModel()
+        limits = SchedulerLimits(self.max_batch_tokens, max_num_sequences=5, can_interrupt=True)
+        model = ExactModel()
         policy = make_policy(self.policy_name, model, limits, self.options)
         self.scheduler = Scheduler(policy, self.kv, model, limits)
         self.ranks = SimulatedRanks(block_size=4, num_host_blocks=self.num_host_blocks)
         self.results: deque[StepResult] = deque()
+        self.interruption: StepResult | None = None
+        self.last_plan: StepPlan | None = None
         self.alive: dict[int, Sequence] = {}
         self.num_sequences = 0
         self.now_s = 0.0
@@ -242,6 +245,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_sequences += 1
         self.alive[sequence.sequence_id] = sequence
         self.scheduler.add(sequence)
+        self.interrupt()  # as the engine does, whatever comes
         return sequence
 
     @rule(seconds=st.sampled_from([0.001, 0.01, 0.05, 40.0]))
@@ -256,12 +260,42 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert sum(step.num_tokens for step in plan.sequences) <= self.max_batch_tokens
             assert len(plan.sequences) <= 5
             self.results.append(self.ranks.execute(plan))
+            self.last_plan = plan
 
-    @precondition(lambda self: self.results)
+    @precondition(lambda self: len(self.results) < 2)
+    @rule(num_prompt_tokens=st.integers(1, 9), max_new_tokens=st.integers(1, 3), num_gone=st.integers(0, 2))
+    def urgent_arrival(self, num_prompt_tokens, max_new_tokens, num_gone):
+        """A step begins, some of its clients go, and a request comes that cannot wait for its end."""
+        self.plan()
+        for sequence in [*self.alive.values()][:num_gone]:
+            self.abort(sequence)
+        self.add(num_prompt_tokens, max_new_tokens, RequestClass.RT, frozenset(), ttft_s=0.03, are_given=False)
+
+    def interrupt(self):
+        plan = self.scheduler.interrupt(self.now_s)
+        if plan is not None:
+            assert len(self.results) == 1 and self.interruption is None, "the ranks are about to run another"
+            assert sum(step.num_tokens for step in plan.sequences) <= self.max_batch_tokens
+            self.interruption = self.ranks.execute_within(plan, self.last_plan)
+
+    # What was sent before the interruption may end before it, if that came late; what was sent after it cannot.
+    @precondition(
+        lambda self: self.results and (not self.interruption or self.results[0].step_id < self.interruption.step_id)
+    )
     @rule(late_s=st.sampled_from([0.0, 0.02]))
     def commit(self, late_s=0.0):
         self.now_s += 0.012 + late_s
-        for outcome in self.scheduler.commit(self.results.popleft(), self.now_s):
+        self.take(self.results.popleft())
+
+    @precondition(lambda self: self.interruption)
+    @rule()
+    def commit_interruption(self):
+        result, self.interruption = self.interruption, None
+        self.now_s += 0.005
+        self.take(result)
+
+    def take(self, result):
+        for outcome in self.scheduler.commit(result, self.now_s):
             sequence = outcome.sequence
             tokens, reason = expected_output(sequence)
             assert outcome.fault is None
@@ -269,6 +303,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert outcome.finish_reason == (reason if len(sequence.output_token_ids) == len(tokens) else None)
             if outcome.finish_reason is not None:
                 del self.alive[sequence.sequence_id]  # fails if a sequence ends twice
+        self.interrupt()
 
     @rule(sequence=consumes(sequences))
     def abort(self, sequence):
@@ -280,6 +315,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         generation = self.ranks.generation + 1
         self.ranks = SimulatedRanks(block_size=4, generation=generation, num_host_blocks=self.num_host_blocks)
         self.results.clear()
+        self.interruption = None
         self.scheduler.restart(generation)
 
     @invariant()
@@ -292,10 +328,13 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self):
         num_steps = 0
-        while self.alive or self.results:
+        while self.alive or self.results or self.interruption:
+            if self.interruption:
+                self.commit_interruption()
             self.plan()
-            assert self.results, "sequences wait and nothing runs"
-            self.commit()
+            assert self.results or self.interruption, "sequences wait and nothing runs"
+            if self.results and not self.interruption:
+                self.commit()
             num_steps += 1
             assert num_steps < 2000, "a sequence starves"
         self.plan()

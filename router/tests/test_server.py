@@ -15,7 +15,21 @@ FILES = read(demo_model_path(), DEMO_MODEL_ID, None)
 
 def hello(max_length: int = 2048, num_blocks: int = 1000) -> Hello:
     return Hello(
-        0, PROTOCOL_VERSION, 0, 2, "m", None, "bfloat16", "nvidia-h200", max_length, max_length, num_blocks, 64, 0, 1
+        0,
+        PROTOCOL_VERSION,
+        0,
+        2,
+        "m",
+        None,
+        "bfloat16",
+        "nvidia-h200",
+        max_length,
+        max_length,
+        num_blocks,
+        64,
+        0,
+        1,
+        False,
     )
 
 

@@ -29,7 +29,7 @@ from bros_shard.protocol import (
 
 def hello(rank: int, *, generation: int = 0, world_size: int = 1, num_blocks: int = 10) -> Hello:
     return Hello(
-        generation, PROTOCOL_VERSION, rank, world_size, "m", None, "float32", "cpu", 100, 64, num_blocks, 16, 0, 1
+        generation, PROTOCOL_VERSION, rank, world_size, "m", None, "float32", "cpu", 100, 64, num_blocks, 16, 0, 1, True
     )
 
 

@@ -42,6 +42,7 @@ class Metronome:
     num_host_tokens = 4096
     max_length = 1024
     copies_overlap = True
+    can_interrupt = False
 
     def seconds(self, shape):
         return 0.010
@@ -84,6 +85,27 @@ def test_a_request_that_comes_during_a_step_joins_the_next_one_that_is_planned()
     early, late = (tokens_of(trace(rt(1.0, 5, 9), rt(at_s, 5, 1)), TWO_STEPS)[1] for at_s in (1.002, 1.0105))
     assert early == pytest.approx([1.0215])
     assert late == pytest.approx([1.0315])
+
+
+class Abacus(Metronome):
+    """A step takes 10 ms and 1 ms for each token, and can be interrupted."""
+
+    can_interrupt = True
+
+    def seconds(self, shape):
+        return 0.010 + 0.001 * (shape.num_prefill_tokens + shape.num_decode_sequences)
+
+
+def test_a_request_that_cannot_wait_is_run_in_the_middle_of_a_step():
+    """The long step would take from 0.001 to 0.411; it ends later by the 30 ms of the other."""
+    urgent = TraceRequest(0.1, RequestClass.RT, 20, 1, 0.1, 1.0)
+    setup = replace(TWO_STEPS, policy="bros", limits=SchedulerLimits(512, 8))
+    batch, chat = tokens_of(trace(be(0.0, 400, 1), urgent), setup, Abacus())
+    assert chat == pytest.approx([0.1315], abs=1e-4)
+    assert batch == pytest.approx([0.4415], abs=1e-4)
+    patient = replace(urgent, ttft_s=1.0)
+    batch, chat = tokens_of(trace(be(0.0, 400, 1), patient), setup, Abacus())
+    assert (batch, chat) == (pytest.approx([0.4115], abs=1e-4), pytest.approx([0.4415], abs=1e-4))
 
 
 def test_a_prompt_beyond_the_token_budget_takes_several_steps():

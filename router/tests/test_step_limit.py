@@ -7,10 +7,10 @@ import pytest
 from bros_router.scheduling.step_limit import StepLimit
 
 
-def limit_for(*slack_s: float) -> StepLimit:
-    limit = StepLimit()
+def limit_for(*slack_s: float, can_interrupt: bool = False) -> StepLimit:
+    limit = StepLimit(can_interrupt=can_interrupt)
     for now_s, each_s in enumerate(slack_s):
-        limit.note_arrival(float(now_s), each_s)
+        limit.note_arrival(float(now_s), each_s, tpot_s=1.0 + now_s)
     return limit
 
 
@@ -53,3 +53,8 @@ def test_request_without_slack_counts_but_breaks_nothing():
     assert 0.0 < limit.seconds(2.0) < 0.001
     limit.note_first_token(0.0001)
     assert limit.seconds(2.0) > 0.0
+
+
+def test_steps_that_can_be_interrupted_may_last_most_of_a_time_per_token():
+    assert limit_for(0.1, 0.2, can_interrupt=True).seconds(2.0) == pytest.approx(0.7 * 1.0)  # the least
+    assert limit_for(10.0, 10.0, can_interrupt=True).seconds(2.0) == pytest.approx(0.6 * 10.0)  # longer as it is

@@ -18,7 +18,7 @@ from typing import Annotated, Final, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta, Struct, field
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 #: No honest frame comes near this: a prompt of a million tokens is 5 MB.
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
 
@@ -124,6 +124,9 @@ class StepPlan(Message, frozen=True, tag="plan"):
     copies_out: Annotated[list[HostCopy], Meta(max_length=2**20)] = field(default_factory=list)
     tail_moves: Annotated[list[TailMove], Meta(max_length=2**20)] = field(default_factory=list)
     copies_in: Annotated[list[HostCopy], Meta(max_length=2**20)] = field(default_factory=list)
+    #: Run it between two layers of the step that runs when it comes, if one does. It has new sequences only, and
+    #: touches nothing that that step reads or writes.
+    is_interruption: bool = False
 
 
 class Shutdown(Message, frozen=True, tag="shutdown"):
@@ -152,6 +155,8 @@ class Hello(Message, frozen=True, tag="hello"):
     num_host_blocks: Count
     #: Bytes of one block, all layers, keys and values, on this rank.
     block_bytes: Bytes
+    #: Whether the rank runs interruptions (`StepPlan.is_interruption`) while another step runs.
+    can_interrupt: bool
 
 
 class StepShape(Part, frozen=True):
@@ -230,7 +235,7 @@ class StepResult(Message, frozen=True, tag="result"):
     sequences: Annotated[list[SequenceResult], Meta(max_length=65536)]
     forward_s: Seconds
     sampling_s: Seconds
-    #: Everything: from the plan's arrival on the rank to this result.
+    #: Everything: from the plan's arrival on the rank to this result, but for interruptions.
     step_s: Seconds
     #: From the end of the previous step to this plan's arrival: the rank had nothing to do.
     idle_s: Seconds
@@ -239,7 +244,7 @@ class StepResult(Message, frozen=True, tag="result"):
 class Heartbeat(Message, frozen=True, tag="heartbeat"):
     """The rank's process lives, and this is how far its steps have come."""
 
-    #: Steps finished so far; step `num_finished_steps` is the next or the one that runs.
+    #: Steps finished so far.
     num_finished_steps: Counter
     #: Time since the last step finished (or since the rank became ready).
     last_finished_age_s: Seconds

@@ -6,6 +6,8 @@ import signal
 import threading
 import time
 import traceback
+from collections import deque
+from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -22,6 +24,7 @@ from bros_shard.protocol import (
     Fault,
     FrameError,
     FromRank,
+    FromRouter,
     Heartbeat,
     Hello,
     Identity,
@@ -58,15 +61,20 @@ class StepClock:
     def __init__(self) -> None:
         self.num_finished_steps = 0
         self.last_finished_s = time.monotonic()
-        self.is_step_running = False
+        self._num_running_steps = 0
+
+    @property
+    def is_step_running(self) -> bool:
+        """Whether there is one to interrupt."""
+        return self._num_running_steps > 0
 
     def step_started(self) -> None:
-        """A plan arrived."""
-        self.is_step_running = True
+        """A plan arrived; maybe in the middle of a step."""
+        self._num_running_steps += 1
 
     def step_finished(self) -> None:
         """Its result is about to be sent."""
-        self.is_step_running = False
+        self._num_running_steps -= 1
         self.num_finished_steps += 1
         self.last_finished_s = time.monotonic()
 
@@ -112,6 +120,8 @@ class ShardServer:
         self._clock = StepClock()
         self._heartbeat = HeartbeatThread(self._context, options, self._clock)
         self._next_step_id = 0
+        #: Messages that came while a step ran, but for interruptions.
+        self._backlog: deque[FromRouter] = deque()
 
     def run(self) -> int:
         """Load the model, then execute plans until `Shutdown`. Returns the exit status.
@@ -145,21 +155,41 @@ class ShardServer:
 
     def _serve(self, worker: Worker) -> None:
         while True:
-            message = decode_from_router(self._socket.recv())
-            if message.generation != self._generation:
-                raise FrameError(f"generation {message.generation} instead of {self._generation}")
+            message = self._backlog.popleft() if self._backlog else self._receive()
             if isinstance(message, Shutdown):
                 return
+            self._execute(worker, message, lambda: self._run_interruptions(worker))
+
+    def _receive(self) -> FromRouter:
+        message = decode_from_router(self._socket.recv())
+        if message.generation != self._generation:
+            raise FrameError(f"generation {message.generation} instead of {self._generation}")
+        if isinstance(message, StepPlan):
             if message.step_id != self._next_step_id:
                 raise FrameError(f"step {message.step_id} instead of {self._next_step_id}")
             self._next_step_id += 1
-            self._execute(worker, message)
+        return message
 
-    def _execute(self, worker: Worker, plan: StepPlan) -> None:
+    def _run_interruptions(self, worker: Worker) -> float:
+        """Between two layers of a step: run what was sent to interrupt it. Returns the seconds that took."""
+        if not worker.can_interrupt:
+            return 0.0
         started_s = time.monotonic()
-        idle_s = started_s - self._clock.last_finished_s
+        is_any = False
+        while int(self._socket.getsockopt(zmq.EVENTS)) & zmq.POLLIN:
+            message = self._receive()
+            if isinstance(message, StepPlan) and message.is_interruption:
+                self._execute(worker, message)
+                is_any = True
+            else:
+                self._backlog.append(message)
+        return time.monotonic() - started_s if is_any else 0.0
+
+    def _execute(self, worker: Worker, plan: StepPlan, between_layers: Callable[[], float] = lambda: 0.0) -> None:
+        started_s = time.monotonic()
+        idle_s = 0.0 if self._clock.is_step_running else started_s - self._clock.last_finished_s
         self._clock.step_started()
-        output = worker.execute(plan)
+        output = worker.execute(plan, between_layers)
         self._clock.step_finished()
         if self._options.rank == 0:
             self._send(
@@ -169,7 +199,7 @@ class ShardServer:
                     output.sequences,
                     forward_s=output.forward_s,
                     sampling_s=output.sampling_s,
-                    step_s=self._clock.last_finished_s - started_s,
+                    step_s=self._clock.last_finished_s - started_s - output.interrupted_s,
                     idle_s=idle_s,
                 )
             )
@@ -190,6 +220,7 @@ class ShardServer:
             block_size=self._options.block_size,
             num_host_blocks=worker.cache.num_host_blocks,
             block_bytes=worker.block_bytes,
+            can_interrupt=worker.can_interrupt,
         )
 
     def _report_progress(self, phase: str, num_done: int, num_total: int) -> None:

@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeAlias
@@ -21,7 +21,7 @@ from bros_shard.host_pool import staging_bytes
 from bros_shard.kv_cache import KVCache, block_bytes
 from bros_shard.memory import InsufficientMemoryError, available_bytes, host_pool_bytes
 from bros_shard.model_config import ConfigFields
-from bros_shard.models.model import ModelLimits
+from bros_shard.models.model import LayerKV, ModelLimits
 from bros_shard.models.registry import DTYPES, load_model, read_dtype
 from bros_shard.models.rotary import RopeOverride
 from bros_shard.options import ShardOptions
@@ -58,6 +58,8 @@ class StepOutput:
     #: On a GPU, time spent issuing the forward pass; what it has left to run is waited for while sampling.
     forward_s: float = 0.0
     sampling_s: float = 0.0
+    #: How long other steps ran in the middle of this one; not in the other two.
+    interrupted_s: float = 0.0
 
 
 class Worker:
@@ -186,9 +188,19 @@ class Worker:
             "has_host_pool": str(self.cache.num_host_blocks > 0),
         }
 
+    @property
+    def can_interrupt(self) -> bool:
+        """Whether a step may run between two layers of another: a GPU is handed all layers at once, and several ranks
+        would have to agree on the layer."""
+        return self._device.type == "cpu" and self.options.world_size == 1
+
     @torch.inference_mode()
-    def execute(self, plan: StepPlan) -> StepOutput:
+    def execute(self, plan: StepPlan, between_layers: Callable[[], float] = lambda: 0.0) -> StepOutput:
         """Run one step.
+
+        Args:
+            between_layers: called before each layer; it may execute other plans, as long as they touch no slot and no
+                sequence of this one, and returns the seconds that it took with them.
 
         Raises:
             PlanError: the plan contradicts what this rank knows.
@@ -201,14 +213,16 @@ class Worker:
         started_s = time.monotonic()
         batch = build_batch(plan.sequences, sequences, self._pool, self.cache.block_size, self._device)
         attention = self._backend(batch.attention, self._dtype)
-        hidden = self._model.forward(batch.input_ids, batch.positions, self.cache.layers, attention)
+        layers = _Layers(self.cache.layers, between_layers)
+        hidden = self._model.forward(batch.input_ids, batch.positions, layers, attention)
         logits = None
         if batch.sampled:
             logits = self._model.logits(hidden.index_select(0, batch.sampled_tokens))
         forward_done_s = time.monotonic()
         sampled = self._sample(batch, logits)
         results = self._results(plan, batch, sampled) if self.options.rank == 0 else []
-        return StepOutput(results, forward_done_s - started_s, time.monotonic() - forward_done_s)
+        forward_s = forward_done_s - started_s - layers.interrupted_s
+        return StepOutput(results, forward_s, time.monotonic() - forward_done_s, layers.interrupted_s)
 
     def _copy(self, plan: StepPlan) -> None:
         """Host copies out, tail moves, host copies in: in this order, since one may free the slots of the next."""
@@ -295,6 +309,20 @@ class Worker:
 
     def _rehearsal(self) -> Rehearsal:
         return Rehearsal(self.execute, self.cache.num_blocks, self.cache.block_size)
+
+
+class _Layers:
+    """The region of each layer, and what happens before each."""
+
+    def __init__(self, layers: list[LayerKV], between_layers: Callable[[], float]) -> None:
+        self._layers = layers
+        self._between_layers = between_layers
+        self.interrupted_s = 0.0
+
+    def __iter__(self) -> Iterator[LayerKV]:
+        for layer in self._layers:
+            self.interrupted_s += self._between_layers()
+            yield layer
 
 
 def _are_alike(known: list[tuple[StepShape, float]], played: list[tuple[StepShape, float]]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -222,6 +223,8 @@ class ScriptedRouter:
         self._sequences: dict[int, _Scripted] = {}
         self._known: set[int] = set()
         self._owners: dict[int, list[int]] = {}
+        #: Prompts that come in the middle of a step, one a step.
+        self.arriving: list[list[int]] = []
 
     def add(self, prompt: list[int], direction: str = "forward", sampling: SamplingParams = SAMPLING) -> int:
         """Queue a sequence that generates NUM_NEW_TOKENS; direction is forward, reversed or mixed. Returns its id."""
@@ -282,7 +285,24 @@ class ScriptedRouter:
     def _execute(self, **parts: Any) -> list[SequenceResult]:
         plan = StepPlan(0, len(self.plans), **parts)
         self.plans.append(plan)
-        return self._worker.execute(plan).sequences
+        if not (plan.sequences and self.arriving) or plan.is_interruption:
+            return self._worker.execute(plan).sequences
+        layers_left = itertools.count(self._random.randrange(self._worker.cache.region.shape[0]), -1)
+        return self._worker.execute(plan, lambda: self._interrupt() if next(layers_left) == 0 else 0.0).sequences
+
+    def _interrupt(self) -> float:
+        """Run a whole prompt between two layers of a step."""
+        i = self.add(self.arriving.pop())
+        sequence = self._sequences[i]
+        self._known.add(i)
+        planned = {i: len(sequence.token_ids)}
+        self._grow(i, planned)
+        (result,) = self._execute(
+            new_sequences=[sequence.new], sequences=[self._sequence_step(i, planned[i])], is_interruption=True
+        )
+        sequence.num_computed = planned[i]
+        sequence.token_ids.append(result.token_id)
+        return 0.25
 
     def _sequence_step(self, sequence_id: int, num_planned: int) -> SequenceStep:
         sequence = self._sequences[sequence_id]

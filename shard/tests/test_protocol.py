@@ -36,7 +36,7 @@ from bros_shard.protocol import (
     encode,
 )
 
-HELLO = Hello(3, 1, 0, 2, "demo", "abc", "bfloat16", "cpu", 4096, 2048, 100, 64, 0, 65536)
+HELLO = Hello(3, 1, 0, 2, "demo", "abc", "bfloat16", "cpu", 4096, 2048, 100, 64, 0, 65536, True)
 RESULT = StepResult(3, 9, [SequenceResult(1, 17, -0.25), SequenceResult(2, fault="nan")], 0.01, 0.002, 0.013, 0.0)
 
 #: Every message, and the plain values that any MessagePack reader must see in its frame.
@@ -51,6 +51,7 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
             [HostCopy(-2, 4, 16)],
             [TailMove(-5, -6, 3)],
             [HostCopy(1, 4, 16)],
+            True,
         ),
         [
             "plan",
@@ -62,10 +63,11 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
             [[-2, 4, 16]],
             [[-5, -6, 3]],
             [[1, 4, 16]],
+            True,
         ],
     ),
     (Shutdown(3), ["shutdown", 3]),
-    (HELLO, ["hello", 3, 1, 0, 2, "demo", "abc", "bfloat16", "cpu", 4096, 2048, 100, 64, 0, 65536]),
+    (HELLO, ["hello", 3, 1, 0, 2, "demo", "abc", "bfloat16", "cpu", 4096, 2048, 100, 64, 0, 65536, True]),
     (
         Profile(3, [(StepShape(512, 1, 4, 131072.0, 900, 64), 0.25)]),
         ["profile", 3, [[[512, 1, 4, 131072.0, 900, 64], 0.25]]],

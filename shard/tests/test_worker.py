@@ -136,6 +136,27 @@ def test_preemption_does_not_change_the_output(name, to_host, reference, make_wo
     assert router.run() == expected.outputs
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_step_in_the_middle_of_another_changes_neither(name, reference, make_worker, scripted_router) -> None:
+    expected = reference(name)
+    router = scripted_router(make_worker(expected.path), chunk_size=16)
+    for prompt in expected.prompts[:6]:
+        router.add(prompt)
+    router.arriving = expected.prompts[:5:-1]  # taken from the end
+    assert router.run() == expected.outputs
+    assert sum(plan.is_interruption for plan in router.plans) == 10
+
+
+def test_time_of_other_steps_does_not_count_for_the_step_that_they_interrupt(reference, make_worker) -> None:
+    worker = make_worker(reference("llama").path)
+    assert worker.can_interrupt
+    new = NewSequence(0, [5], 4, SamplingParams())
+    plan = StepPlan(0, 0, [SequenceStep(0, 0, 1, 0, [0])], [new])
+    output = worker.execute(plan, between_layers=lambda: 1000.0)
+    assert output.interrupted_s == 3000.0  # three layers
+    assert output.forward_s < 0.0  # it took less than what the others are said to have taken
+
+
 @pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in FAMILIES), ("qwen3-window-bias", 4)])
 def test_ranks_together_equal_one(name, world_size, reference, make_worker, scripted_router, tmp_path) -> None:
     """Real processes. With 4 ranks, pairs of them hold the same of the 2 key-value heads."""

@@ -34,8 +34,8 @@ from bros_benchmarks.evaluation.targets import ScaledTargets, UnloadedLatency
 from bros_benchmarks.server_under_test import ServerUnderTest
 from bros_router.simulation.workload import BE, SHAREGPT, Lengths, burst
 
-#: Real-time requests are cut here, so that the longest reply ends soon after the window.
-_MAX_TOTAL_TOKENS: Final = 1024
+#: Real-time requests are cut here: the longest reply, written at the pace of its target, must end within the drain.
+_MAX_TOTAL_TOKENS: Final = 512
 #: Multiple of the unloaded latency that is the target (Sarathi's "strict").
 _SLO_SCALE: Final = 5.0
 #: Token budgets of a step that a baseline may choose from. The KV region holds too few sequences for a cap to matter.

@@ -66,8 +66,9 @@ class LiveSetup:
     block_size: int = 16
     warm_up_s: float = 15.0
     duration_s: float = 60.0
-    #: Long enough for a request that keeps its targets to the last token: otherwise it would count as unfinished.
-    drain_s: float = 90.0
+    #: Longest time after the window to wait for its real-time requests; `None`: as long as a reply may take that
+    #: keeps its targets, for otherwise it would count as unfinished.
+    drain_s: float | None = None
 
     @property
     def num_kv_slots(self) -> int:
@@ -89,6 +90,11 @@ class LiveSetup:
 
     def workload(self, contender: Contender, arrivals: ArrivalProcess, seed: int) -> Workload:
         """The same trace for every contender."""
+        drain_s = self.drain_s
+        if drain_s is None:
+            longest = self.rt_lengths.max_total_tokens
+            ttft_s, tpot_s = self.targets.latency.targets(longest, self.targets.scale)
+            drain_s = ttft_s + longest * tpot_s
         return make_workload(
             seed,
             arrivals=arrivals if contender.has_rt else Poisson(0.0),
@@ -97,7 +103,7 @@ class LiveSetup:
             be=ClosedLoop(self.num_be, self.be_lengths) if contender.has_be else (),
             duration_s=self.duration_s,
             warm_up_s=self.warm_up_s,
-            drain_s=self.drain_s,
+            drain_s=drain_s,
         )
 
 

@@ -164,6 +164,7 @@ def main() -> None:
         num_host_tokens=setup.num_kv_slots,
         max_length=_MAX_LENGTH,
         copies_overlap=False,  # a CPU copies between its steps
+        can_interrupt=True,
         points=steps,
     )
     fitted = Fitted(measurement)

@@ -43,6 +43,11 @@ class BlockPool:
             if self._is_free[block_id]:
                 return self._take(block_id)
 
+    def take(self, block_id: int) -> None:
+        """Take this very block, which is free. The heaps forget it when they come across it."""
+        assert self._is_free[block_id], f"block {block_id} has an owner"
+        self._take(block_id)
+
     def give_back(self, block_id: int) -> None:
         """Free a block that was taken."""
         assert not self._is_free[block_id], f"block {block_id} was free already"

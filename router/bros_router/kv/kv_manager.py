@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
@@ -102,6 +104,9 @@ class KVManager:
         #: Blocks that a tail leaves: nothing else may move into them within the same step.
         self._move_sources: set[int] = set()
         self._held_back: list[int] = []
+        #: Blocks given back since the last step was planned: it may still read and write them.
+        self._unsettled: set[int] = set()
+        self._may_share = preemption is Preemption.BIDIR
 
     # --- what there is
 
@@ -218,7 +223,7 @@ class KVManager:
 
         The spare quarter keeps the two from meeting again within a few tokens.
         """
-        if self.preemption is not Preemption.BIDIR:
+        if not self._may_share:
             return None
         most = self.block_size - num_tail_tokens - self.block_size // 4
         best: _Owner | None = None
@@ -290,6 +295,7 @@ class KVManager:
             self._held_back.append(block_id)
         else:
             self._pool.give_back(block_id)
+            self._unsettled.add(block_id)
 
     def num_tokens_to_save(self, sequence_id: int, num_computed_tokens: int) -> int:
         """Tokens that would have to be copied to the host before the sequence's last block is taken; 0: none."""
@@ -416,7 +422,26 @@ class KVManager:
         for block_id in self._held_back:
             self._pool.give_back(block_id)
         self._held_back.clear()
+        self._unsettled.clear()
         return copies
+
+    @contextmanager
+    def beside_running_step(self) -> Iterator[None]:
+        """Within this, only whole blocks can be taken that were free when the last step was planned.
+
+        A step that runs in the middle of that one must not write where it still reads or writes: blocks whose sequences
+        have ended since, and their part of blocks that they shared.
+        """
+        may_share, self._may_share = self._may_share, False
+        set_aside = [block_id for block_id in self._unsettled if self._pool.is_free(block_id)]
+        for block_id in set_aside:
+            self._pool.take(block_id)
+        try:
+            yield
+        finally:
+            self._may_share = may_share
+            for block_id in set_aside:
+                self._pool.give_back(block_id)
 
     # --- checking
 

@@ -78,6 +78,10 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}
         self._num_alive = dict.fromkeys(RequestClass, 0)
         self._in_flight: deque[StepInFlight] = deque()
+        #: The step that is run in the middle of the first of those in flight.
+        self._interruption: StepInFlight | None = None
+        #: The latest step that was planned.
+        self.last_step: StepInFlight | None = None
         self._releases: list[int] = []
         self._relegated: list[Sequence] = []
 
@@ -103,11 +107,6 @@ class Scheduler:
     def max_running_tokens(self) -> int:
         """Tokens that the running sequences may grow to, all together."""
         return sum(sequence.max_total_tokens for sequence in self._running.values())
-
-    @property
-    def last_step(self) -> StepInFlight | None:
-        """The latest step that was planned and is not committed."""
-        return self._in_flight[-1] if self._in_flight else None
 
     def free_at_s(self, now_s: float) -> float:
         """When the ranks are predicted to have run all that was planned; `now_s` where they are idle or overdue."""
@@ -154,9 +153,47 @@ class Scheduler:
         A plan may hold releases or copies alone, or nothing at all where those that were to run gave way to each
         other: the ranks then compute nothing, and the next plan goes on.
         """
-        draft = StepDraft(
+        draft = self._draft(now_s, self.free_at_s(now_s))
+        self._policy.compose(draft)
+        self._relegated += draft.relegated
+        copies = self._kv.take_copies()
+        has_copies = copies.out or copies.tail_moves or copies.in_
+        if not (draft.chunks or draft.victims or self._releases or has_copies):
+            return None
+        plan = self._emit(draft, copies, self._releases)
+        self._releases = []
+        assert self.last_step is not None
+        self._in_flight.append(self.last_step)
+        return plan
+
+    def interrupt(self, now_s: float) -> StepPlan | None:
+        """A step for the ranks to run in the middle of the one they are in, or `None` where nothing is that urgent.
+
+        It has new sequences alone, in blocks that the running step knows nothing of. What has ended since stays on the
+        ranks until the next plan, for the running step may still hold it. One interruption at a time, and none once the
+        next step was sent: that is about to begin.
+        """
+        if not self._limits.can_interrupt or len(self._in_flight) != 1 or self._interruption is not None:
+            return None
+        running = self._in_flight[0]
+        draft = self._draft(now_s, now_s)
+        with self._kv.beside_running_step():
+            # The next step will have about the same real-time decodes.
+            waiting_s = self._latency_model.margin * (running.predicted_s + running.rt_decode_s)
+            self._policy.interrupt(draft, running.start_s + waiting_s)
+        self._relegated += draft.relegated
+        if not draft.chunks:
+            return None
+        plan = self._emit(draft, Copies([], [], []), [], is_interruption=True)
+        self._interruption = self.last_step
+        assert self._interruption is not None
+        running.start_s += self._interruption.predicted_s
+        return plan
+
+    def _draft(self, now_s: float, start_s: float) -> StepDraft:
+        return StepDraft(
             now_s,
-            self.free_at_s(now_s),
+            start_s,
             self._next_step_id,
             self._kv,
             self._latency_model,
@@ -164,13 +201,6 @@ class Scheduler:
             self._running,
             self._policy.add,
         )
-        self._policy.compose(draft)
-        self._relegated += draft.relegated
-        copies = self._kv.take_copies()
-        has_copies = copies.out or copies.tail_moves or copies.in_
-        if not (draft.chunks or draft.victims or self._releases or has_copies):
-            return None
-        return self._emit(draft, copies)
 
     def take_relegated(self) -> list[Sequence]:
         """The sequences that were relegated since the last call."""
@@ -178,20 +208,16 @@ class Scheduler:
         return relegated
 
     def commit(self, result: StepResult, now_s: float) -> list[Outcome]:
-        """Take in the result of the oldest step in flight.
+        """Take in the result of the oldest step in flight, or of the one that interrupts it.
 
         A token of a sequence that has finished since is dropped.
 
         Raises:
             StepMismatchError: the result is of another step. Nothing has changed.
         """
-        if not self._in_flight or self._in_flight[0].step_id != result.step_id:
-            raise StepMismatchError(f"step {result.step_id} is not the one due")
-        step = self._in_flight.popleft()
+        step = self._take_step(result, now_s)
         if step.sampled or step.shape.num_prefill_tokens:
             self._latency_model.observe(step.shape, result.step_s)
-        if self._in_flight:
-            self._in_flight[0].start_s = now_s
         results = {part.sequence_id: part for part in result.sequences}
         outcomes = []
         for sequence in step.sampled:
@@ -199,6 +225,23 @@ class Scheduler:
             if sequence.state is not SequenceState.FINISHED:
                 outcomes.append(self._commit_token(sequence, results.get(sequence.sequence_id), now_s))
         return outcomes
+
+    def _take_step(self, result: StepResult, now_s: float) -> StepInFlight:
+        """The step that the result is of. What the ranks run from now on has its start corrected."""
+        interruption = self._interruption
+        if interruption is not None and interruption.step_id == result.step_id:
+            self._interruption = None
+            if self._in_flight:
+                self._in_flight[0].start_s += result.step_s - interruption.predicted_s
+            return interruption
+        # What was sent after an interruption runs after it.
+        is_early = interruption is not None and interruption.step_id < result.step_id
+        if is_early or not self._in_flight or self._in_flight[0].step_id != result.step_id:
+            raise StepMismatchError(f"step {result.step_id} is not the one due")
+        step = self._in_flight.popleft()
+        if self._in_flight:
+            self._in_flight[0].start_s = now_s
+        return step
 
     def restart(self, generation: int) -> None:
         """The ranks were replaced: every sequence starts over from the tokens that were committed.
@@ -209,6 +252,7 @@ class Scheduler:
         self._generation = generation
         self._next_step_id = 0
         self._in_flight.clear()
+        self._interruption = None
         self._releases.clear()
         for sequence in [*self._running.values()]:
             self._kv.release(sequence.sequence_id)
@@ -219,7 +263,9 @@ class Scheduler:
             sequence.num_in_flight_tokens = 0
             sequence.is_on_ranks = False
 
-    def _emit(self, draft: StepDraft, copies: Copies) -> StepPlan:
+    def _emit(
+        self, draft: StepDraft, copies: Copies, releases: list[int], *, is_interruption: bool = False
+    ) -> StepPlan:
         """Write the decision down as the message that the ranks get, and count it as done."""
         steps, new_sequences, sampled = [], [], []
         num_rt_decodes = num_rt_context_tokens = 0
@@ -243,10 +289,11 @@ class Scheduler:
             self._next_step_id,
             steps,
             new_sequences,
-            self._releases,
+            releases,
             copies.out,
             copies.tail_moves,
             copies.in_,
+            is_interruption,
         )
         shape = draft.shape
         predicted_s = self._latency_model.predict_s(shape)
@@ -254,20 +301,17 @@ class Scheduler:
         if num_rt_decodes:
             rt_decodes = StepShape(num_decode_sequences=num_rt_decodes, decode_context_tokens=num_rt_context_tokens)
             rt_decode_s = self._latency_model.predict_s(rt_decodes)
-        self._in_flight.append(
-            StepInFlight(
-                plan.step_id,
-                shape,
-                draft.start_s,
-                predicted_s,
-                rt_decode_s,
-                draft.max_num_sequences,
-                draft.victims,
-                sampled,
-            )
+        self.last_step = StepInFlight(
+            plan.step_id,
+            shape,
+            draft.start_s,
+            predicted_s,
+            rt_decode_s,
+            draft.max_num_sequences,
+            draft.victims,
+            sampled,
         )
         self._next_step_id += 1
-        self._releases = []
         return plan
 
     def _introduce(self, sequence: Sequence, now_s: float) -> NewSequence:

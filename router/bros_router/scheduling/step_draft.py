@@ -22,6 +22,8 @@ class SchedulerLimits:
     max_batch_tokens: int
     #: Most sequences in one step. TGI's `--max-batch-size`.
     max_num_sequences: int
+    #: The ranks can run a step in the middle of another.
+    can_interrupt: bool = False
 
 
 #: Copies that make a step longer by less than this factor are made although it is late as it is: what they save from

@@ -16,19 +16,28 @@ _QUIET_S: Final = 300.0
 #: when 0.6 % are missed.
 _GROWTH: Final = 1.003
 _SHRINKAGE: Final = 0.6
+#: Where steps can be interrupted: the share of the least recent time per output token that a step may last, since the
+#: second token of a sequence waits for the end of the step that its first one came in the middle of.
+_TPOT_SHARE: Final = 0.7
 
 
 class StepLimit:
     """Seconds of a step with work in it that can wait, between what the least and what the median of the recent slacks
     leaves: the slack of a request is its target for the first token, less the time that its prompt needs alone.
 
+    Where a step can be interrupted, a request that cannot wait for its end does not have to, and the time per output
+    token is the limit, if that is longer.
+
     A limit for the shortest target would cost best-effort work a fifth of its throughput where short prompts want
     their token much sooner than others, for the few that arrive at the wrong moment. So the limit is as long as
     nearly all targets are met.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, can_interrupt: bool = False) -> None:
+        """`can_interrupt`: a request that cannot wait for the end of a step does not have to."""
+        self._can_interrupt = can_interrupt
         self._recent_slack_s: deque[float] = deque(maxlen=_NUM_RECENT)
+        self._recent_tpot_s: deque[float] = deque(maxlen=_NUM_RECENT)
         self._last_arrival_s = -math.inf
         self._low_s = self._start_s = self._high_s = math.inf
         self._factor = 1.0
@@ -37,10 +46,12 @@ class StepLimit:
         """The limit; infinity where no real-time request has come for minutes."""
         if now_s - self._last_arrival_s > _QUIET_S:
             return math.inf
-        return min(max(self._start_s * self._factor, self._low_s), self._high_s)
+        limit_s = min(max(self._start_s * self._factor, self._low_s), self._high_s)
+        return max(limit_s, _TPOT_SHARE * min(self._recent_tpot_s)) if self._can_interrupt else limit_s
 
-    def note_arrival(self, now_s: float, slack_s: float) -> None:
+    def note_arrival(self, now_s: float, slack_s: float, tpot_s: float) -> None:
         """A real-time request came, with so much slack; one that has none asks for the impossible, and counts as 0."""
+        self._recent_tpot_s.append(tpot_s)
         self._last_arrival_s = now_s
         self._recent_slack_s.append(max(0.001, slack_s))
         ordered = sorted(self._recent_slack_s)

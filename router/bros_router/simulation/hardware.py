@@ -47,6 +47,11 @@ class Hardware(Protocol):
         """Whether copies from and to the host run beside the forward pass."""
         ...
 
+    @property
+    def can_interrupt(self) -> bool:
+        """Whether a step can be run in the middle of another."""
+        ...
+
     def seconds(self, shape: StepShape) -> float:
         """True duration of a step. With noise, another one each time."""
         ...
@@ -162,6 +167,7 @@ class Roofline:
     def __init__(self, model: Transformer, device: Device, world_size: int) -> None:
         self.name = f"{model.name} on {world_size} x {device.name}"
         self.copies_overlap = True
+        self.can_interrupt = False
         self.max_length = model.max_length
         usable_bytes = world_size * (_MEMORY_SHARE * device.memory_bytes - _ACTIVATION_BYTES) - model.weight_bytes
         self.num_kv_tokens = int(usable_bytes / model.kv_bytes_per_token)
@@ -213,6 +219,8 @@ class Measurement(msgspec.Struct, frozen=True):
     points: list[tuple[StepShape, float]]
     #: Whether copies from and to the host run beside the forward pass: on CUDA, not on a CPU.
     copies_overlap: bool = False
+    #: Whether a step can be run in the middle of another: on a single CPU rank.
+    can_interrupt: bool = False
 
 
 class Fitted:
@@ -225,6 +233,7 @@ class Fitted:
         self.num_host_tokens = measurement.num_host_tokens
         self.max_length = measurement.max_length
         self.copies_overlap = measurement.copies_overlap
+        self.can_interrupt = measurement.can_interrupt
         self._model = LatencyModel(measurement.points, measurement.copies_overlap)
         #: Measured over fitted time of each point, in order: what the fit leaves out.
         self.ratios = [
@@ -258,6 +267,7 @@ class _Varying:
         self.num_host_tokens = hardware.num_host_tokens
         self.max_length = hardware.max_length
         self.copies_overlap = hardware.copies_overlap
+        self.can_interrupt = hardware.can_interrupt
         self._hardware = hardware
         self._generator = random.Random(f"{seed}/noise/{index}")
 

@@ -47,12 +47,14 @@ class _Step:
     results: list[SequenceResult]
     start_s: float
     end_s: float
-    #: How long the devices had nothing to do before it.
-    idle_s: float
-    #: They had nothing to do for want of work, not because this plan came late.
-    is_resuming: bool
     #: Position in the log.
     index: int
+    #: How long the devices had nothing to do before it.
+    idle_s: float = 0.0
+    #: They had nothing to do for want of work, not because this plan came late; or it interrupts another.
+    is_resuming: bool = True
+    #: How long steps ran in the middle of it.
+    interrupted_s: float = 0.0
 
 
 class Replica:
@@ -85,6 +87,8 @@ class Replica:
         self._prompts: dict[int, tuple[int, ...]] = {}
         self._num_submitted = 0
         self._steps: deque[_Step] = deque()
+        #: The step that is run in the middle of the first of these.
+        self._interruption: _Step | None = None
         #: When the devices have done all that was sent to them.
         self._free_s = 0.0
         #: When to plan; infinity: not before something happens.
@@ -134,6 +138,7 @@ class Replica:
         self.scheduler.add(sequence)
         if self._plan_s == math.inf and len(self._steps) < self._timing.max_steps_in_flight:
             self._plan_s = self._due_s(now_s)
+        self._interrupt(now_s)
 
     def advance(self, now_s: float, on_end: Callable[[RequestRecord], None]) -> None:
         """Do what is due: take in the tokens of a step, plan the next one, or both.
@@ -143,6 +148,7 @@ class Replica:
         """
         if self._commit_s <= now_s:
             self._commit(now_s, on_end)
+            self._interrupt(now_s)
         if self._plan_s <= now_s:
             self._plan(now_s)
 
@@ -153,7 +159,8 @@ class Replica:
 
     @property
     def _commit_s(self) -> float:
-        return self._steps[0].end_s + self._timing.return_s if self._steps else math.inf
+        first = self._interruption or (self._steps[0] if self._steps else None)
+        return first.end_s + self._timing.return_s if first is not None else math.inf
 
     def _due_s(self, now_s: float) -> float:
         """When to plan the next step: just in time, or at once where none runs."""
@@ -171,25 +178,43 @@ class Replica:
         if plan is None:
             self._is_resuming = not self._steps
             return
-        self._send(plan, now_s, planning_s)
+        # The devices run the step as soon as it has arrived and they have done all that came before.
+        step = self._begin(plan, max(now_s + self._timing.send_s, self._free_s), planning_s)
+        step.idle_s = step.start_s - self._free_s
+        step.is_resuming, self._is_resuming = self._is_resuming, False
+        self._free_s = step.end_s
+        self._steps.append(step)
         if len(self._steps) < self._timing.max_steps_in_flight:
             self._plan_s = self._due_s(now_s)
 
-    def _send(self, plan: StepPlan, now_s: float, planning_s: float) -> None:
-        """The devices run the step as soon as it has arrived and they have done all that came before."""
+    def _interrupt(self, now_s: float) -> None:
+        """Run what cannot wait in the middle of the running step, which ends later by that. Layers are short: it begins
+        at once."""
+        began_s = time.perf_counter()
+        plan = self.scheduler.interrupt(now_s)
+        planning_s = time.perf_counter() - began_s
+        for sequence in self.scheduler.take_relegated():
+            self._admission.relegated(sequence.sequence_id)
+        if plan is None:
+            return
+        running = self._steps[0]
+        step = self._interruption = self._begin(plan, now_s + self._timing.send_s, planning_s)
+        if step.start_s < running.end_s:
+            seconds = step.end_s - step.start_s
+            running.interrupted_s += seconds
+            running.end_s += seconds
+        self._free_s = max(running.end_s, step.end_s)
+        if len(self._steps) < self._timing.max_steps_in_flight:
+            self._plan_s = self._due_s(now_s)
+
+    def _begin(self, plan: StepPlan, start_s: float, planning_s: float) -> _Step:
         planned = self.scheduler.last_step
         assert planned is not None
         shape = planned.shape
         seconds = self._hardware.seconds(shape)
-        start_s = max(now_s + self._timing.send_s, self._free_s)
-        idle_s = start_s - self._free_s
         # A result too many does no harm: the scheduler knows for which sequences the step samples a token.
         results = [self._results[part.sequence_id] for part in plan.sequences]
-        self._steps.append(
-            _Step(plan, planned, results, start_s, start_s + seconds, idle_s, self._is_resuming, len(self.log))
-        )
-        self._free_s = start_s + seconds
-        self._is_resuming = False
+        step = _Step(plan, planned, results, start_s, start_s + seconds, len(self.log))
         self.log.add(
             start_s,
             seconds,
@@ -199,10 +224,12 @@ class Replica:
             self._kv.num_used_blocks(RequestClass.RT) / self._kv.num_blocks,
             planning_s,
         )
+        return step
 
     def _commit(self, now_s: float, on_end: Callable[[RequestRecord], None]) -> None:
-        step = self._steps.popleft()
-        seconds = step.end_s - step.start_s
+        step = self._interruption or self._steps.popleft()
+        self._interruption = None
+        seconds = step.end_s - step.start_s - step.interrupted_s
         result = StepResult(step.plan.generation, step.plan.step_id, step.results, seconds, 0.0, seconds, step.idle_s)
         self._admission.step_ended(step.plan, step.planned.rt_decode_s, now_s)
         began_s = time.perf_counter()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from bros_router.admission import AdmissionController, AdmissionPolicy
@@ -49,9 +49,10 @@ def make_replica(setup: Setup, hardware: Hardware, points: Sequence[tuple[StepSh
     preemption = preemption_of(setup.policy, setup.options)
     kv = KVManager(num_kv_tokens // setup.block_size, setup.block_size, num_host_tokens // setup.block_size, preemption)
     model = LatencyModel(points, hardware.copies_overlap)
-    policy = make_policy(setup.policy, model, setup.limits, setup.options)
-    admission = AdmissionController(model, setup.limits.max_batch_tokens, setup.admission_policy)
-    return Replica(Scheduler(policy, kv, model, setup.limits), kv, model, admission, hardware, setup.timing)
+    limits = replace(setup.limits, can_interrupt=hardware.can_interrupt)
+    policy = make_policy(setup.policy, model, limits, setup.options)
+    admission = AdmissionController(model, limits.max_batch_tokens, setup.admission_policy)
+    return Replica(Scheduler(policy, kv, model, limits), kv, model, admission, hardware, setup.timing)
 
 
 class Dispatcher(Protocol):

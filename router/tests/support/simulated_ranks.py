@@ -86,6 +86,16 @@ class SimulatedRanks:
         seconds = self.model.predict_s(shape_of(plan))
         return StepResult(self.generation, plan.step_id, results, 0.0, 0.0, seconds, 0.0)
 
+    def execute_within(self, plan: StepPlan, running: StepPlan) -> StepResult:
+        """Run a plan between two layers of `running`, the last that was executed, which then goes on: it writes its
+        tokens once more, and reads its context."""
+        assert not (plan.releases or plan.copies_out or plan.tail_moves or plan.copies_in)
+        assert {new.sequence_id for new in plan.new_sequences} == {step.sequence_id for step in plan.sequences}
+        result = self.execute(plan)
+        for step in running.sequences:
+            self._compute(step, self.tables[step.sequence_id])
+        return result
+
     def _slots(self, entry: int, num_tokens: int) -> list[int]:
         assert 1 <= num_tokens <= self.block_size
         return [slot_of(entry, offset, self.block_size) for offset in range(num_tokens)]
@@ -117,18 +127,23 @@ class SimulatedRanks:
         tokens = self.tokens[sequence_id]
         stop = step.num_computed_tokens + step.num_tokens
         assert stop <= len(tokens), "a token is to be computed that nobody knows"
-        slots = slots_of(table, 0, stop, self.block_size)
+        self._compute(step, table)
         for position in range(step.num_computed_tokens, stop):
-            self.slots[slots[position]] = (sequence_id, position)
             self.num_recomputed_tokens += (sequence_id, position) in self._computed
             self._computed.add((sequence_id, position))
-        # Attention reads the whole context: every slot must still hold what this sequence put there.
-        assert [self.slots.get(slot) for slot in slots] == [(sequence_id, p) for p in range(stop)]
         if stop < len(tokens):
             return SequenceResult(sequence_id)
         assert len(tokens) < self.capacities[sequence_id]
         tokens.append(sampled_token(self.seeds[sequence_id], len(tokens)))
         return SequenceResult(sequence_id, tokens[-1], -1.0)
+
+    def _compute(self, step, table: list[int]) -> None:
+        stop = step.num_computed_tokens + step.num_tokens
+        slots = slots_of(table, 0, stop, self.block_size)
+        for position in range(step.num_computed_tokens, stop):
+            self.slots[slots[position]] = (step.sequence_id, position)
+        # Attention reads the whole context: every slot must still hold what this sequence put there.
+        assert [self.slots.get(slot) for slot in slots] == [(step.sequence_id, p) for p in range(stop)]
 
 
 def make_sequence(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -105,7 +105,7 @@ class Llama:
         self._layers = [LlamaLayer(config, weights, index) for index in range(config.num_layers)]
         self._norm = RMSNorm(weights, "model.norm", config.hidden_size, config.norm_eps)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: Sequence[LayerKV], attention: PagedAttention) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: Iterable[LayerKV], attention: PagedAttention) -> Tensor:
         """See `CausalLM.forward`."""
         hidden = self._vocabulary.embed(input_ids)
         angles = self._rotary.angles(positions)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -43,12 +43,12 @@ class CausalLM(Protocol):
     max_length: int
     kv_shape: KVShape
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: Sequence[LayerKV], attention: PagedAttention) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: Iterable[LayerKV], attention: PagedAttention) -> Tensor:
         """Run the T tokens of a step.
 
         Args:
             input_ids, positions: int64 (T).
-            kv: the region of each layer, which gains the tokens' keys and values.
+            kv: the region of each layer, which gains the tokens' keys and values; taken when its layer's turn comes.
 
         Returns:
             (T, size): what `logits` takes rows of.

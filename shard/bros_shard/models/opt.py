@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -110,7 +110,7 @@ class OPT:
         if config.has_final_norm:
             self._final_norm = LayerNorm(weights, f"{decoder}.final_layer_norm", hidden_size, config.has_norm_weights)
 
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: Sequence[LayerKV], attention: PagedAttention) -> Tensor:
+    def forward(self, input_ids: Tensor, positions: Tensor, kv: Iterable[LayerKV], attention: PagedAttention) -> Tensor:
         """See `CausalLM.forward`."""
         hidden = self._vocabulary.embed(input_ids)
         if self._project_in is not None:

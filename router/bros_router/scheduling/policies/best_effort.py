@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Final
 
 from bros_router.scheduling.policies.chunking import Chunking, num_worth_restoring
 from bros_router.scheduling.policies.floor import Floor
 from bros_router.scheduling.policies.ordered import by_arrival
 from bros_router.scheduling.policies.standing import Standing
+from bros_router.scheduling.policies.turnover import Turnover
 from bros_router.scheduling.queues import WaitingQueue
 from bros_router.scheduling.sequence import Sequence
 from bros_router.scheduling.step_draft import StepDraft
@@ -33,7 +35,17 @@ class BestEffort:
         self.waiting = WaitingQueue(by_arrival)
         self._chunking = chunking
         self._floor = floor
+        self._turnover = Turnover()
         self._num_steps_since_trickle = _TRICKLE_PERIOD
+
+    def finished(self, sequence: Sequence) -> None:
+        """A best-effort sequence got its last token."""
+        self._turnover.note(sequence)
+
+    def useful_s(self, draft: StepDraft) -> float:
+        """How long a step may last to make the most of best-effort memory; infinity where that is not known yet."""
+        shape = self._turnover.added_to(draft)
+        return math.inf if shape is None else draft.latency_model.predict_s(shape)
 
     # --- decodes
 

@@ -35,9 +35,6 @@ _GUARD: Final = 0.05
 _MOST_STARVED_STEPS: Final = 4
 #: Best-effort work may make a step of real-time decodes this many times as long, whatever the limit of a step is.
 _SMALLEST_STRETCH: Final = 1.5
-#: Best-effort work adds at most so much of the time of the decodes to a step, times its share of the memory over
-#: theirs.
-_TIME_FOR_MEMORY: Final = 0.5
 #: A real-time prompt keeps steps short as long as its slack is more than so many times what it needs alone.
 _PATIENT_SLACK: Final = 2.0
 #: Share of KV blocks kept free of new best-effort sequences while there is real-time work, for bursts and for what runs
@@ -59,7 +56,9 @@ class BrosOptions:
     fills: bool = True
     #: A step with work in it that can wait stays short, for the real-time request that may come while it runs.
     keeps_steps_short: bool = True
-    #: The more memory real-time sequences hold, the less best-effort work lengthens their steps.
+    #: A real-time prompt that cannot wait for the end of a step is run in the middle of it, where the ranks can do so.
+    interrupts: bool = True
+    #: Best-effort work lengthens the steps of real-time sequences only as far as it has the memory to use that.
     gives_time_for_memory: bool = True
     #: Full best-effort blocks are copied to the host ahead of time.
     checkpoints: bool = True
@@ -76,6 +75,7 @@ PAPER_OPTIONS: Final = BrosOptions(
     chunks=False,
     relegates=False,
     keeps_steps_short=False,
+    interrupts=False,
     gives_time_for_memory=False,
     checkpoints=False,
     cap_control=CapControl.RESET,
@@ -94,7 +94,8 @@ class BrosPolicy:
         self._late_waiting = WaitingQueue(by_arrival)
         self._chunking = Chunking(options.chunks)
         self._attainment = RecentAttainment()
-        self._step_limit = StepLimit()
+        self._interrupts = options.interrupts and limits.can_interrupt
+        self._step_limit = StepLimit(can_interrupt=self._interrupts)
         self._num_starved_steps = 0
         floor = Floor(self._attainment, options.be_max_wait_s, is_hard=options.is_floor_hard)
         self._best_effort = BestEffort(self._chunking, floor)
@@ -121,7 +122,8 @@ class BrosPolicy:
         if queue is self._rt_waiting and sequence.first_scheduled_s is None:
             assert sequence.targets is not None
             alone_s = self._rt_waiting.alone_s(sequence.num_prompt_tokens)
-            self._step_limit.note_arrival(sequence.arrival_s, sequence.targets.ttft_s - alone_s)
+            slack_s = sequence.targets.ttft_s - alone_s
+            self._step_limit.note_arrival(sequence.arrival_s, slack_s, sequence.targets.tpot_s)
         queue.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
@@ -135,7 +137,9 @@ class BrosPolicy:
 
     def finished(self, sequence: Sequence) -> None:
         """A sequence got its last token."""
-        if sequence.targets is not None and not sequence.is_late:
+        if sequence.targets is None:
+            self._best_effort.finished(sequence)
+        elif not sequence.is_late:
             assert sequence.last_token_s is not None
             is_ttft_met, is_tpot_met = met_targets(sequence)
             assert sequence.first_token_s is not None
@@ -165,7 +169,7 @@ class BrosPolicy:
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
             if self._options.gives_time_for_memory and standing.decoding:
-                limit_s = min(limit_s, self._stretch(draft) * decodes_s)
+                limit_s = min(limit_s, self._best_effort.useful_s(draft))
             end_s = min(end_s, self._soft_end_s(draft, limit_s))
             is_bound = not self._best_effort.decode(draft, standing, end_s)
             if not is_bound:
@@ -174,19 +178,23 @@ class BrosPolicy:
                 self._best_effort.checkpoint(draft, standing, end_s)
         self.cap.note_step(is_bound=is_bound, is_too_long=is_too_long)
 
+    def interrupt(self, draft: StepDraft, next_s: float) -> None:
+        """The real-time prompts that cannot wait for the next step, whole, as long as all of them are in time."""
+        end_s = math.inf
+        while self._interrupts and (sequence := self._next_prompt(draft, deque(), takes_new=True)) is not None:
+            if sequence.is_on_ranks or self._rt_waiting.latest_start_s(sequence) >= next_s:
+                return
+            num_tokens = sequence.num_pending_tokens
+            end_s = min(end_s, due_s(sequence))
+            if draft.largest_chunk(sequence, end_s) < num_tokens or draft.shortfall(sequence, num_tokens):
+                return
+            self._rt_waiting.remove(sequence)
+            draft.add(sequence, num_tokens)
+
     def _soft_end_s(self, draft: StepDraft, limit_s: float) -> float:
         """When a step of `limit_s` ends, were it as slow as the margin allows for: a limit is no deadline, it is meant
         for the usual step."""
         return draft.start_s + limit_s * self._model.margin
-
-    def _stretch(self, draft: StepDraft) -> float:
-        """How many times as long as its real-time decodes a step may be for the sake of best-effort work.
-
-        Best-effort work makes steps longer, so real-time sequences hold their memory for longer, which leaves less of
-        it for best-effort work. So it gets time in proportion to its memory.
-        """
-        rt_share = draft.kv.num_used_blocks(RequestClass.RT) / draft.kv.num_blocks
-        return 1.0 + _TIME_FOR_MEMORY * (1.0 - rt_share) / rt_share if rt_share > 0.0 else math.inf
 
     # --- real-time
 

@@ -50,6 +50,9 @@ class OrderedPolicy:
         if self._continue(draft):
             self._admit(draft)
 
+    def interrupt(self, draft: StepDraft, next_s: float) -> None:
+        """Nothing is so urgent."""
+
     def _order(self, running: Iterable[Sequence]) -> list[Sequence]:
         return sorted(running, key=self._key) if self._is_sorted else list(running)
 
