@@ -218,8 +218,14 @@ class SchedulingConfig:
         choices=("recompute", "block", "bidir"),
         is_ours=True,
     )
+    kv_checkpoints: str = flag(
+        "lazy",
+        "When KV blocks of best-effort requests are copied to the host: when they are taken, or ahead of time as well.",
+        choices=("lazy", "background"),
+        is_ours=True,
+    )
     batch_size_control: str = flag(
-        "aimd",
+        "off",
         "How the most sequences of a step follow the load: not at all, as in the BROS paper, or in smaller steps.",
         choices=("off", "reset", "aimd"),
         is_ours=True,

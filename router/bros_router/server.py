@@ -219,6 +219,7 @@ def make_engine(
     options = PolicyOptions(
         bros=BrosOptions(
             cap_control=CapControl(scheduling.batch_size_control),
+            checkpoints=scheduling.kv_checkpoints == "background",
             be_max_wait_s=scheduling.be_max_wait_s,
             is_floor_hard=scheduling.be_floor == "hard",
         ),

@@ -77,6 +77,7 @@ def test_variables_of_our_own_flags_meet_nobody_elses():
         "--max-queued-rt-tokens": "BROS_MAX_QUEUED_RT_TOKENS",
         "--max-queued-be-tokens": "BROS_MAX_QUEUED_BE_TOKENS",
         "--kv-preemption": "BROS_KV_PREEMPTION",
+        "--kv-checkpoints": "BROS_KV_CHECKPOINTS",
         "--batch-size-control": "BROS_BATCH_SIZE_CONTROL",
         "--be-max-wait-s": "BROS_BE_MAX_WAIT_S",
         "--be-floor": "BROS_BE_FLOOR",

@@ -18,6 +18,8 @@ from hypothesis.stateful import (
 
 from bros_router.kv.kv_manager import KVManager, Preemption
 from bros_router.request import FinishReason, RequestClass
+from bros_router.scheduling.batch_cap import CapControl
+from bros_router.scheduling.policies.bros import BrosOptions
 from bros_router.scheduling.policies.ordered import FirstComeFirstServed
 from bros_router.scheduling.policies.registry import POLICY_NAMES, PolicyOptions, make_policy, preemption_of
 from bros_router.scheduling.scheduler import Scheduler, StepMismatchError
@@ -349,22 +351,23 @@ _machine_settings = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 _MACHINES = [
-    *((name, Preemption.BIDIR, 5, 9) for name in POLICY_NAMES),
-    ("bros", Preemption.BIDIR, 1, 9),
-    ("bros", Preemption.BIDIR, 0, 9),
-    ("bros", Preemption.BLOCK, 5, 9),
-    ("bros", Preemption.RECOMPUTE, 5, 9),
-    ("bros", Preemption.BIDIR, 5, 3),  # fewer tokens than sequences
-    ("fcfs", Preemption.BIDIR, 5, 3),
+    *((name, Preemption.BIDIR, 5, 9, BrosOptions()) for name in POLICY_NAMES),
+    ("bros", Preemption.BIDIR, 1, 9, BrosOptions()),
+    ("bros", Preemption.BIDIR, 0, 9, BrosOptions()),
+    ("bros", Preemption.BLOCK, 5, 9, BrosOptions()),
+    ("bros", Preemption.RECOMPUTE, 5, 9, BrosOptions()),
+    ("bros", Preemption.BIDIR, 5, 3, BrosOptions()),  # fewer tokens than sequences
+    ("bros", Preemption.BIDIR, 2, 9, BrosOptions(checkpoints=True, cap_control=CapControl.AIMD)),
+    ("fcfs", Preemption.BIDIR, 5, 3, BrosOptions()),
 ]
 
 
-@pytest.mark.parametrize(("name", "preemption", "num_host_blocks", "max_batch_tokens"), _MACHINES)
-def test_nothing_is_lost_whatever_comes(name, preemption, num_host_blocks, max_batch_tokens):
+@pytest.mark.parametrize(("name", "preemption", "num_host_blocks", "max_batch_tokens", "bros"), _MACHINES)
+def test_nothing_is_lost_whatever_comes(name, preemption, num_host_blocks, max_batch_tokens, bros):
     """Every sequence ends once with its own tokens, every slot read is what its owner wrote, and memory comes back."""
     attributes = {
         "policy_name": name,
-        "options": PolicyOptions(preemption=preemption),
+        "options": PolicyOptions(preemption=preemption, bros=bros),
         "num_host_blocks": num_host_blocks,
         "max_batch_tokens": max_batch_tokens,
     }

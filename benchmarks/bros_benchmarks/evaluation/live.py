@@ -55,8 +55,8 @@ _LOWEST, _HIGHEST = 0.1, 4.0
 #: A burst is ten times the rate for twenty seconds; before and after it, this share of what `bros` sustains.
 _BURST_BASE_SHARE: Final = 0.25
 _BURST_START_S: Final = 35.0
-#: `bros` with its batch cap as it is, and held at the maximum.
-_BURST_FLAGS: Final = {"bros": (), "bros, cap off": ("--batch-size-control", "off")}
+#: `bros` as it is, and with an adaptive batch cap.
+_BURST_FLAGS: Final = {"bros": (), "bros, cap aimd": ("--batch-size-control", "aimd")}
 
 
 @dataclass(frozen=True, slots=True)

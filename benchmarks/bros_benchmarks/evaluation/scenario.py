@@ -65,9 +65,9 @@ def ablations(setup: Setup) -> list[Variant]:
     bros = setup.options.bros
     changes: dict[str, BrosOptions] = {
         "bros": bros,
-        "- background checkpoints": replace(bros, checkpoints=False),
-        "cap: reset": replace(bros, cap_control=CapControl.RESET),
-        "- adaptive cap": replace(bros, cap_control=CapControl.OFF),
+        "+ background checkpoints": replace(bros, checkpoints=True),
+        "+ cap: aimd": replace(bros, cap_control=CapControl.AIMD),
+        "+ cap: reset": replace(bros, cap_control=CapControl.RESET),
         "- BE fill": replace(bros, fills=False),
         "- pacing": replace(bros, paces=False),
         "- chunks": replace(bros, chunks=False),

@@ -175,7 +175,7 @@ class Study:
     def burst(self, rate: float, best: Mapping[str, Variant]) -> list[Result]:
         """Ten times the rate for twenty seconds, with the adaptive cap and without."""
         bros = best["bros"]
-        controls = {"bros": None, "bros, cap reset": CapControl.RESET, "bros, cap off": CapControl.OFF}
+        controls = {"bros": None, "bros, cap aimd": CapControl.AIMD, "bros, cap reset": CapControl.RESET}
         variants = [Variant(name, _with_cap(bros, control)) for name, control in controls.items()]
         variants += [_named(best[name]) for name in ("fcfs", "static") if name in best]
         base = replace(

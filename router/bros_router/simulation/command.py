@@ -111,8 +111,9 @@ def _options() -> list[click.Parameter]:
         click.Option(
             ["--without"], type=click.Choice(_FEATURES), multiple=True, help="Switch a feature of `bros` off."
         ),
-        click.Option(["--batch-size-control"], type=click.Choice([item.value for item in CapControl]), default="aimd"),
+        click.Option(["--batch-size-control"], type=click.Choice([item.value for item in CapControl]), default="off"),
         click.Option(["--kv-preemption"], type=click.Choice([item.value for item in Preemption]), default="bidir"),
+        click.Option(["--kv-checkpoints"], type=click.Choice(["lazy", "background"]), default="lazy"),
         click.Option(["--kv-share"], type=positive, default=1.0, help="Of the hardware's KV region, what is used."),
         click.Option(
             ["--admission-policy"], type=click.Choice([item.value for item in AdmissionPolicy]), default="queue"
@@ -191,7 +192,10 @@ def _simulate(hardware: Hardware, replicas: int, dispatch: str, as_json: bool, *
 
 def _setup_of(hardware: Hardware, values: dict[str, Any]) -> Setup:
     bros = replace(
-        BrosOptions(), cap_control=CapControl(values["batch_size_control"]), **dict.fromkeys(values["without"], False)
+        BrosOptions(),
+        cap_control=CapControl(values["batch_size_control"]),
+        checkpoints=values["kv_checkpoints"] == "background",
+        **dict.fromkeys(values["without"], False),
     )
     return Setup(
         policy=values["scheduler"],

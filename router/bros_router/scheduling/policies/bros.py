@@ -31,9 +31,16 @@ from bros_router.scheduling.step_limit import StepLimit
 
 #: Share of the time to a deadline that a step leaves unused.
 _GUARD: Final = 0.05
+#: The same for best-effort work beside a prompt whose first token is due. A step that is filled up to a deadline misses
+#: it one time in twenty, since that is what its predicted end is worth, and when it starts is uncertain too; filling it
+#: less costs nothing, for few steps hold such a prompt.
+_FIRST_TOKEN_GUARD: Final = 0.3
 #: Steps without a chunk after which a small one of a real-time prompt is computed whatever the decodes say.
 _MOST_STARVED_STEPS: Final = 4
-#: Best-effort work may make a step of real-time decodes this many times as long, whatever the limit of a step is.
+#: Best-effort work may make a step of real-time decodes this many times as long, however little memory it has: with
+#: less time, prompts would crumble.
+_LEAST_STRETCH: Final = 1.15
+#: And this many times, whatever the limit of a step is.
 _SMALLEST_STRETCH: Final = 1.5
 #: A real-time prompt keeps steps short as long as its slack is more than so many times what it needs alone.
 _PATIENT_SLACK: Final = 2.0
@@ -60,9 +67,9 @@ class BrosOptions:
     interrupts: bool = True
     #: Best-effort work lengthens the steps of real-time sequences only as far as it has the memory to use that.
     gives_time_for_memory: bool = True
+    cap_control: CapControl = CapControl.OFF
     #: Full best-effort blocks are copied to the host ahead of time.
-    checkpoints: bool = True
-    cap_control: CapControl = CapControl.AIMD
+    checkpoints: bool = False
     #: Longest time a best-effort sequence goes without a token before it gets one, in seconds.
     be_max_wait_s: float = 30.0
     #: It gets one even while real-time sequences miss their targets.
@@ -77,7 +84,6 @@ PAPER_OPTIONS: Final = BrosOptions(
     keeps_steps_short=False,
     interrupts=False,
     gives_time_for_memory=False,
-    checkpoints=False,
     cap_control=CapControl.RESET,
     be_max_wait_s=math.inf,
 )
@@ -164,13 +170,13 @@ class BrosPolicy:
         # shorten the wait.
         limit_s = max(step_limit_s, _SMALLEST_STRETCH * decodes_s) if self._options.keeps_steps_short else math.inf
         soft_end_s = self._soft_end_s(draft, limit_s)
-        end_s = self._prefill_real_time(draft, standing, end_s, soft_end_s)
+        end_s, careful_end_s = self._prefill_real_time(draft, standing, end_s, soft_end_s)
         self._run_late(draft, standing, min(end_s, soft_end_s))
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
             if self._options.gives_time_for_memory and standing.decoding:
-                limit_s = min(limit_s, self._best_effort.useful_s(draft))
-            end_s = min(end_s, self._soft_end_s(draft, limit_s))
+                limit_s = min(limit_s, max(self._best_effort.useful_s(draft), _LEAST_STRETCH * decodes_s))
+            end_s = min(careful_end_s, self._soft_end_s(draft, limit_s))
             is_bound = not self._best_effort.decode(draft, standing, end_s)
             if not is_bound:
                 self._best_effort.prefill(draft, standing, end_s)
@@ -242,13 +248,15 @@ class BrosPolicy:
             if num_tokens:
                 draft.restore(sequence, num_tokens)
 
-    def _prefill_real_time(self, draft: StepDraft, standing: Standing, end_s: float, soft_end_s: float) -> float:
+    def _prefill_real_time(
+        self, draft: StepDraft, standing: Standing, end_s: float, soft_end_s: float
+    ) -> tuple[float, float]:
         """Chunks of real-time prompts, the most urgent first. Those that have time keep to `soft_end_s`.
 
         Returns:
-            When the step must have ended for all.
+            When the step must have ended for all; and when it should have, as far as that is best-effort work's to say.
         """
-        bound_s = end_s
+        bound_s = careful_s = end_s
         is_any_left_out = False
         begun = deque(sorted(standing.behind, key=self._rt_waiting.latest_start_s))
         takes_new = True
@@ -272,7 +280,9 @@ class BrosPolicy:
                 num_tokens = self._chunking.smallest(draft, sequence)
             if num_tokens == 0:
                 is_any_left_out = True
-                bound_s = min(bound_s, self._reachable_s(draft, self._rt_waiting.latest_start_s(sequence)))
+                latest_start_s = self._rt_waiting.latest_start_s(sequence)
+                bound_s = min(bound_s, self._reachable_s(draft, latest_start_s))
+                careful_s = min(careful_s, self._reachable_s(draft, latest_start_s, _FIRST_TOKEN_GUARD))
                 break
             if not self._give_room(draft, standing, sequence, num_pending_tokens, bound_s):
                 # It waits for memory, which those that run free the sooner the more they do.
@@ -284,9 +294,10 @@ class BrosPolicy:
             rest = num_pending_tokens - num_tokens
             rest_s = self._rt_waiting.alone_s(rest, sequence.num_computed_tokens + num_tokens)
             bound_s = min(bound_s, self._reachable_s(draft, due_s(sequence) - rest_s))
+            careful_s = min(careful_s, self._reachable_s(draft, due_s(sequence) - rest_s, _FIRST_TOKEN_GUARD))
             self._num_starved_steps = 0
         self._num_starved_steps += is_any_left_out
-        return bound_s
+        return bound_s, careful_s
 
     def _next_prompt(self, draft: StepDraft, begun: deque[Sequence], *, takes_new: bool) -> Sequence | None:
         """The real-time prompt to go on with, by when it must start at the latest: the first of `begun`, which gives it
@@ -323,10 +334,12 @@ class BrosPolicy:
         self._step_limit.note_first_token(late_by_s)
         return True
 
-    def _reachable_s(self, draft: StepDraft, bound_s: float) -> float:
-        """A bound that can still be kept, with its guard; one that cannot would only keep others from running."""
-        bound_s = draft.start_s + (bound_s - draft.start_s) * (1.0 - _GUARD)
-        return bound_s if bound_s >= draft.end_s else math.inf
+    def _reachable_s(self, draft: StepDraft, bound_s: float, guard: float = _GUARD) -> float:
+        """A bound for what joins a prompt, less a guard; one that cannot be kept would only keep others out."""
+        left_s = bound_s - draft.start_s
+        if draft.end_s > draft.start_s + (1.0 - _GUARD) * left_s:
+            return math.inf
+        return max(draft.end_s, draft.start_s + (1.0 - guard) * left_s)
 
     def _run_late(self, draft: StepDraft, standing: Standing, end_s: float) -> None:
         """Real-time sequences that missed a target: before best-effort work, but they bound nobody."""
