@@ -64,8 +64,8 @@ class LiveSetup:
     #: KV region as a share of what these need when all run at once.
     kv_share: float = 0.4
     block_size: int = 16
-    #: Until the state is steady: under `fcfs` a request waits for more than a minute behind those in the system, and until
-    #: then real-time ones cost it nothing.
+    #: Until the state is steady: under `fcfs` a request waits for more than a minute behind those in the system, and
+    #: until then real-time ones cost it nothing.
     warm_up_s: float = 90.0
     duration_s: float = 90.0
     #: Longest time after the window to wait for its real-time requests; `None`: as long as a reply may take that
