@@ -422,6 +422,7 @@ class KVManager:
         for block_id in self._held_back:
             self._pool.give_back(block_id)
         self._held_back.clear()
+        # Blocks are only given back with a release or by a victim, so the step that was planned is one that is sent.
         self._unsettled.clear()
         return copies
 

@@ -80,7 +80,7 @@ class Scheduler:
         self._in_flight: deque[StepInFlight] = deque()
         #: The step that is run in the middle of the first of those in flight.
         self._interruption: StepInFlight | None = None
-        #: The latest step that was planned.
+        #: The latest step that was planned: `plan` and `interrupt` return it as the ranks get it.
         self.last_step: StepInFlight | None = None
         self._releases: list[int] = []
         self._relegated: list[Sequence] = []
@@ -231,8 +231,10 @@ class Scheduler:
         interruption = self._interruption
         if interruption is not None and interruption.step_id == result.step_id:
             self._interruption = None
-            if self._in_flight:
+            if self._in_flight and self._in_flight[0].step_id < interruption.step_id:  # else it came too late
                 self._in_flight[0].start_s += result.step_s - interruption.predicted_s
+            elif self._in_flight:
+                self._in_flight[0].start_s = now_s
             return interruption
         # What was sent after an interruption runs after it.
         is_early = interruption is not None and interruption.step_id < result.step_id

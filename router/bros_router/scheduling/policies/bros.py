@@ -39,9 +39,9 @@ _FIRST_TOKEN_GUARD: Final = 0.3
 _MOST_STARVED_STEPS: Final = 4
 #: Best-effort work may make a step of real-time decodes this many times as long, however little memory it has: with
 #: less time, prompts would crumble.
-_LEAST_STRETCH: Final = 1.15
+_MEMORY_STRETCH: Final = 1.15
 #: And this many times, whatever the limit of a step is.
-_SMALLEST_STRETCH: Final = 1.5
+_LIMIT_STRETCH: Final = 1.5
 #: A real-time prompt keeps steps short as long as its slack is more than so many times what it needs alone.
 _PATIENT_SLACK: Final = 2.0
 #: Share of KV blocks kept free of new best-effort sequences while there is real-time work, for bursts and for what runs
@@ -168,14 +168,14 @@ class BrosPolicy:
         decodes_s = self._model.predict_s(draft.shape)
         # Where the decodes alone take about as long as the limit, it would leave nothing for other work and hardly
         # shorten the wait.
-        limit_s = max(step_limit_s, _SMALLEST_STRETCH * decodes_s) if self._options.keeps_steps_short else math.inf
+        limit_s = max(step_limit_s, _LIMIT_STRETCH * decodes_s) if self._options.keeps_steps_short else math.inf
         soft_end_s = self._soft_end_s(draft, limit_s)
         end_s, careful_end_s = self._prefill_real_time(draft, standing, end_s, soft_end_s)
         self._run_late(draft, standing, min(end_s, soft_end_s))
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
             if self._options.gives_time_for_memory and standing.decoding:
-                limit_s = min(limit_s, max(self._best_effort.useful_s(draft), _LEAST_STRETCH * decodes_s))
+                limit_s = min(limit_s, max(self._best_effort.useful_s(draft), _MEMORY_STRETCH * decodes_s))
             end_s = min(careful_end_s, self._soft_end_s(draft, limit_s))
             is_bound = not self._best_effort.decode(draft, standing, end_s)
             if not is_bound:
@@ -315,7 +315,10 @@ class BrosPolicy:
         return waiting
 
     def _is_patient(self, draft: StepDraft, sequence: Sequence) -> bool:
-        """Whether a prompt has much more time than it needs."""
+        """Whether a prompt has much more time than it needs, so that it may wait a little for the sake of those to come; not
+        where they can interrupt it."""
+        if self._interrupts:
+            return False
         alone_s = self._rt_waiting.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
         return due_s(sequence) - alone_s - draft.start_s > _PATIENT_SLACK * alone_s
 
