@@ -315,8 +315,8 @@ class BrosPolicy:
         return waiting
 
     def _is_patient(self, draft: StepDraft, sequence: Sequence) -> bool:
-        """Whether a prompt has much more time than it needs, so that it may wait a little for the sake of those to come; not
-        where they can interrupt it."""
+        """Whether a prompt has much more time than it needs, so that it may wait a little for the sake of those to come.
+        Where they can interrupt it, it need not."""
         if self._interrupts:
             return False
         alone_s = self._rt_waiting.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
