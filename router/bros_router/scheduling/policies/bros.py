@@ -315,7 +315,7 @@ class BrosPolicy:
         return waiting
 
     def _is_patient(self, draft: StepDraft, sequence: Sequence) -> bool:
-        """Whether a prompt has much more time than it needs, so that it may wait a little for the sake of those to come.
+        """Whether a prompt has much more time than it needs, so that it may wait a little for those to come.
         Where they can interrupt it, it need not."""
         if self._interrupts:
             return False
