@@ -21,6 +21,9 @@ class ScriptedRunner:
         self.capacities = capacities
         self.runs: list[tuple[str, float, int]] = []
 
+    def shortened(self, **times):
+        return self
+
     def num_offered(self, contender, rate, seed):
         return 40
 

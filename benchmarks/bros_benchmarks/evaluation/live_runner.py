@@ -64,10 +64,10 @@ class LiveSetup:
     #: KV region as a share of what these need when all run at once.
     kv_share: float = 0.4
     block_size: int = 16
-    #: Until the state is steady: under `fcfs` a request waits for more than a minute behind those in the system, and
+    #: Until the state is steady: under `fcfs` a request waits for some two minutes behind those in the system, and
     #: until then real-time ones cost it nothing.
-    warm_up_s: float = 90.0
-    duration_s: float = 90.0
+    warm_up_s: float = 150.0
+    duration_s: float = 120.0
     #: Longest time after the window to wait for its real-time requests; `None`: as long as a reply may take that
     #: keeps its targets, for otherwise it would count as unfinished.
     drain_s: float | None = None
@@ -117,7 +117,7 @@ class LiveRunner:
         self._folder = folder
         self._progress = progress
 
-    def shortened(self, *, warm_up_s: float, duration_s: float, drain_s: float) -> LiveRunner:
+    def shortened(self, *, warm_up_s: float, duration_s: float, drain_s: float | None = None) -> LiveRunner:
         """The same with shorter runs."""
         setup = replace(self.setup, warm_up_s=warm_up_s, duration_s=duration_s, drain_s=drain_s)
         return LiveRunner(setup, self._folder, self._progress)
