@@ -55,6 +55,6 @@ def test_request_without_slack_counts_but_breaks_nothing():
     assert limit.seconds(2.0) > 0.0
 
 
-def test_steps_that_can_be_interrupted_may_last_most_of_a_time_per_token():
-    assert limit_for(0.1, 0.2, can_interrupt=True).seconds(2.0) == pytest.approx(0.7 * 1.0)  # the least
+def test_steps_that_can_be_interrupted_may_last_a_good_part_of_a_time_per_token():
+    assert limit_for(0.1, 0.2, can_interrupt=True).seconds(2.0) == pytest.approx(0.4 * 1.0)  # the least
     assert limit_for(10.0, 10.0, can_interrupt=True).seconds(2.0) == pytest.approx(0.6 * 10.0)  # longer as it is

@@ -16,9 +16,10 @@ _QUIET_S: Final = 300.0
 #: when 0.6 % are missed.
 _GROWTH: Final = 1.003
 _SHRINKAGE: Final = 0.6
-#: Where steps can be interrupted: the share of the least recent time per output token that a step may last, since the
-#: second token of a sequence waits for the end of the step that its first one came in the middle of.
-_TPOT_SHARE: Final = 0.7
+#: Where steps can be interrupted: the share of the least recent time per output token that a step may last. The
+#: second token of a sequence waits for the end of the step that its first one came in the middle of; and where steps last
+#: as long as targets allow, real-time sequences accumulate until nothing is left for prompts.
+_TPOT_SHARE: Final = 0.4
 
 
 class StepLimit:
