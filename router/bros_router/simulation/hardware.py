@@ -315,12 +315,40 @@ class Resampled(_Varying):
         return self._ratios[self._position]
 
 
-#: By name, for command lines: the BROS paper's two, and two of today.
+#: SmolLM2-135M in bfloat16 on two cores with AVX-512, as a rank measured it while warming up (the quick grid, torch's
+#: kernels), and the KV region of the live evaluation. What a CPU is like, not what this one will do tomorrow.
+SMOLLM2_ON_TWO_CORES: Final = Measurement(
+    "SmolLM2-135M on two cores",
+    num_kv_tokens=21_872,
+    num_host_tokens=21_872,
+    max_length=8192,
+    points=[
+        (StepShape(0, 0, 1, 0.0, 64), 0.0245),
+        (StepShape(0, 0, 1, 0.0, 512), 0.0289),
+        (StepShape(0, 0, 4, 0.0, 512), 0.0264),
+        (StepShape(0, 0, 8, 0.0, 1024), 0.0313),
+        (StepShape(0, 0, 16, 0.0, 2048), 0.0428),
+        (StepShape(0, 0, 16, 0.0, 8192), 0.0746),
+        (StepShape(0, 0, 32, 0.0, 16384), 0.1431),
+        (StepShape(0, 0, 64, 0.0, 8192), 0.1498),
+        (StepShape(16, 1, 0, 128.0), 0.0323),
+        (StepShape(64, 1, 0, 2048.0), 0.0653),
+        (StepShape(64, 1, 0, 30720.0), 0.0859),
+        (StepShape(64, 1, 16, 2048.0, 4096), 0.1082),
+        (StepShape(256, 1, 0, 32768.0), 0.3131),
+        (StepShape(512, 1, 0, 131072.0), 0.6642),
+        (StepShape(0, 0, 1, 0.0, 64, 1024), 0.0275),
+    ],
+    can_interrupt=True,
+)
+
+#: By name, for command lines: the BROS paper's two, two of today, and a CPU.
 HARDWARE: Final[dict[str, Hardware]] = {
     "opt-13b": Roofline(OPT_13B, A100_40G, 2),
     "opt-30b": Roofline(OPT_30B, A100_40G, 4),
     "llama-3-70b": Roofline(LLAMA_3_70B, A100_80G, 8),
     "llama-3-8b": Roofline(LLAMA_3_8B, H200, 1),
+    "smollm2-135m": Fitted(SMOLLM2_ON_TWO_CORES),
 }
 
 #: Sequences, and past tokens of each, of the profile's decode steps; new tokens and past of its chunks.
