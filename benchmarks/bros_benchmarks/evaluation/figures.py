@@ -309,7 +309,8 @@ def _points(runs: Iterable[Result], label: str, name: str) -> list[tuple[float, 
 def _finish(axes: Axes, x_text: str, y_text: str, scale: str) -> None:
     axes.set(xlabel=x_text, ylabel=y_text, yscale=scale)
     if scale == "linear":
-        axes.set_ylim(bottom=0, auto=True)
+        # The intervals of two seeds are wide; a share beyond 100 % is none.
+        axes.set_ylim(bottom=0, top=103 if y_text.endswith("(%)") else None, auto=True)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
 
