@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Final
 
+#: Share of the real-time sequences that are to meet their targets, before best-effort work gets more than its due.
+ATTAINMENT_GOAL: Final = 0.99
 #: How long a sequence counts, in seconds.
 _WINDOW_S: Final = 60.0
 

@@ -16,18 +16,20 @@ _QUIET_S: Final = 300.0
 #: when 0.6 % are missed.
 _GROWTH: Final = 1.003
 _SHRINKAGE: Final = 0.6
-#: Where steps can be interrupted: the share of the least recent time per output token that a step may last. The
-#: second token of a sequence waits for the end of the step that its first one came in the middle of; and where steps last
-#: as long as targets allow, real-time sequences accumulate until nothing is left for prompts.
-_TPOT_SHARE: Final = 0.4
+#: Where steps can be interrupted: how many times as long as the shortest step one may last, so that an eighth of the
+#: time goes into what every step costs; and the share of the least recent time per output token that it may last at
+#: most, since the second token of a sequence waits for the end of the step that its first one came in the middle of.
+#: Longer steps gain little more, and real-time sequences accumulate until nothing is left for prompts.
+_MOST_FLOORS: Final = 8.0
+_TPOT_SHARE: Final = 0.7
 
 
 class StepLimit:
     """Seconds of a step with work in it that can wait, between what the least and what the median of the recent slacks
     leaves: the slack of a request is its target for the first token, less the time that its prompt needs alone.
 
-    Where a step can be interrupted, a request that cannot wait for its end does not have to, and the time per output
-    token is the limit, if that is longer.
+    Where a step can be interrupted, a request that cannot wait for its end does not have to, so what every step costs
+    and the time per output token are the limit, if that is longer.
 
     A limit for the shortest target would cost best-effort work a fifth of its throughput where short prompts want
     their token much sooner than others, for the few that arrive at the wrong moment. So the limit is as long as
@@ -43,12 +45,18 @@ class StepLimit:
         self._low_s = self._start_s = self._high_s = math.inf
         self._factor = 1.0
 
-    def seconds(self, now_s: float) -> float:
-        """The limit; infinity where no real-time request has come for minutes."""
+    def seconds(self, now_s: float, shortest_s: float) -> float:
+        """The limit; infinity where no real-time request has come for minutes.
+
+        Args:
+            shortest_s: how long a step with next to nothing in it takes.
+        """
         if now_s - self._last_arrival_s > _QUIET_S:
             return math.inf
         limit_s = min(max(self._start_s * self._factor, self._low_s), self._high_s)
-        return max(limit_s, _TPOT_SHARE * min(self._recent_tpot_s)) if self._can_interrupt else limit_s
+        if not self._can_interrupt:
+            return limit_s
+        return max(limit_s, min(_MOST_FLOORS * shortest_s, _TPOT_SHARE * min(self._recent_tpot_s)))
 
     def note_arrival(self, now_s: float, slack_s: float, tpot_s: float) -> None:
         """A real-time request came, with so much slack; one that has none asks for the impossible, and counts as 0."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from bros_router.request import RequestClass
-from bros_router.scheduling.attainment import RecentAttainment
+from bros_router.scheduling.attainment import ATTAINMENT_GOAL, RecentAttainment
 from bros_router.scheduling.batch_cap import BatchCap, CapControl
 from bros_router.scheduling.deadlines import first_token_deadline_s, met_targets, paced_deadline_s, strict_deadline_s
 from bros_router.scheduling.latency_model import LatencyModel
@@ -28,7 +28,10 @@ from bros_router.scheduling.real_time_queue import RealTimeQueue, due_s
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
 from bros_router.scheduling.step_limit import StepLimit
+from bros_shard.protocol import StepShape
 
+#: What every step costs is the time of this one.
+_SHORTEST_STEP: Final = StepShape(num_decode_sequences=1, decode_context_tokens=1)
 #: Share of the time to a deadline that a step leaves unused.
 _GUARD: Final = 0.05
 #: The same for best-effort work beside a prompt whose first token is due. A step that is filled up to a deadline misses
@@ -40,8 +43,10 @@ _MOST_STARVED_STEPS: Final = 4
 #: Best-effort work may make a step of real-time decodes this many times as long, however little memory it has: with
 #: less time, prompts would crumble.
 _MEMORY_STRETCH: Final = 1.15
-#: And this many times, whatever the limit of a step is.
-_LIMIT_STRETCH: Final = 1.5
+#: And it may add this many times their length, whatever the limit of a step is, while targets are met: the less, the
+#: fewer are, and nothing at this share.
+_LIMIT_STRETCH: Final = 0.5
+_LEAST_ATTAINMENT: Final = 0.97
 #: A real-time prompt keeps steps short as long as its slack is more than so many times what it needs alone.
 _PATIENT_SLACK: Final = 2.0
 #: Share of KV blocks kept free of new best-effort sequences while there is real-time work, for bursts and for what runs
@@ -158,7 +163,7 @@ class BrosPolicy:
 
     def compose(self, draft: StepDraft) -> None:
         """Fill the step: real-time decodes, real-time prompts, late ones, best-effort decodes and prompts."""
-        step_limit_s = self._step_limit.seconds(draft.now_s)
+        step_limit_s = self._step_limit.seconds(draft.now_s, self._model.predict_s(_SHORTEST_STEP))
         has_real_time = step_limit_s < math.inf
         draft.kv.num_reserved_blocks = int(draft.kv.num_blocks * _RESERVED_SHARE) if has_real_time else 0
         draft.max_num_sequences = self.cap.value
@@ -166,9 +171,12 @@ class BrosPolicy:
         end_s = self._decode_real_time(draft, standing)
         is_too_long = draft.end_s > end_s
         decodes_s = self._model.predict_s(draft.shape)
-        # Where the decodes alone take about as long as the limit, it would leave nothing for other work and hardly
-        # shorten the wait.
-        limit_s = max(step_limit_s, _LIMIT_STRETCH * decodes_s) if self._options.keeps_steps_short else math.inf
+        limit_s = math.inf
+        if self._options.keeps_steps_short:
+            # Where the decodes alone take about as long as the limit, it would leave nothing for other work and hardly
+            # shorten the wait. But where that costs targets, they go first.
+            is_met = (self._attainment.share(draft.now_s) - _LEAST_ATTAINMENT) / (ATTAINMENT_GOAL - _LEAST_ATTAINMENT)
+            limit_s = max(step_limit_s, (1.0 + _LIMIT_STRETCH * min(1.0, max(0.0, is_met))) * decodes_s)
         soft_end_s = self._soft_end_s(draft, limit_s)
         end_s, careful_end_s = self._prefill_real_time(draft, standing, end_s, soft_end_s)
         self._run_late(draft, standing, min(end_s, soft_end_s))

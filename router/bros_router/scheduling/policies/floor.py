@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-from bros_router.scheduling.attainment import RecentAttainment
+from bros_router.scheduling.attainment import ATTAINMENT_GOAL, RecentAttainment
 from bros_router.scheduling.sequence import Sequence
-
-#: Share of the real-time sequences that must meet their targets, or those that starve get nothing either.
-_ATTAINMENT_GOAL: Final = 0.99
 
 
 class Floor:
@@ -33,6 +28,4 @@ class Floor:
 
     def is_owed(self, sequence: Sequence, now_s: float) -> bool:
         """Whether the sequence gets something although there is no time for it."""
-        return self.is_starving(sequence, now_s) and (
-            self._is_hard or self._attainment.share(now_s) >= _ATTAINMENT_GOAL
-        )
+        return self.is_starving(sequence, now_s) and (self._is_hard or self._attainment.share(now_s) >= ATTAINMENT_GOAL)
