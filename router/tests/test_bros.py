@@ -34,11 +34,12 @@ class Bench:
         preemption: Preemption = Preemption.BIDIR,
         policy=None,
         can_interrupt: bool = False,
+        max_num_sequences: int = 256,
         **options,
     ) -> None:
         self.model = ExactModel()
         self.kv = KVManager(num_blocks, 16, num_host_blocks, preemption)
-        limits = SchedulerLimits(max_batch_tokens, 256, can_interrupt)
+        limits = SchedulerLimits(max_batch_tokens, max_num_sequences, can_interrupt)
         options.setdefault("cap_control", CapControl.OFF)
         self.policy = policy or BrosPolicy(self.model, limits, BrosOptions(**options))
         self.scheduler = Scheduler(self.policy, self.kv, self.model, limits)
@@ -464,3 +465,10 @@ def test_interruption_leaves_alone_what_the_running_step_may_still_write_to():
     assert bench.kv.num_free_blocks == 16
     assert bench.scheduler.interrupt(bench.now_s) is None
     assert bench.scheduler.plan(bench.now_s) is not None  # it runs after that step
+
+
+def test_interruption_keeps_to_the_most_sequences_of_a_step():
+    bench = Bench(can_interrupt=True, max_num_sequences=2)
+    begin_step(bench)
+    first, _ = (bench.add(RT, 32, ttft_s=0.1) for _ in range(2))
+    assert shapes(bench.scheduler.interrupt(bench.now_s)) == [(first.sequence_id, 0, 32)]

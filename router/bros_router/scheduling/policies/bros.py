@@ -198,6 +198,8 @@ class BrosPolicy:
         while self._interrupts and (sequence := self._next_prompt(draft, deque(), takes_new=True)) is not None:
             if sequence.is_on_ranks or self._rt_waiting.latest_start_s(sequence) >= next_s:
                 return
+            if len(draft.running) >= self.cap.value:
+                return  # the next step would have no place for it
             num_tokens = sequence.num_pending_tokens
             end_s = min(end_s, due_s(sequence))
             if draft.largest_chunk(sequence, end_s) < num_tokens or draft.shortfall(sequence, num_tokens):
