@@ -160,10 +160,9 @@ class Scheduler:
         has_copies = copies.out or copies.tail_moves or copies.in_
         if not (draft.chunks or draft.victims or self._releases or has_copies):
             return None
-        plan = self._emit(draft, copies, self._releases)
+        plan, step = self._emit(draft, copies, self._releases)
         self._releases = []
-        assert self.last_step is not None
-        self._in_flight.append(self.last_step)
+        self._in_flight.append(step)
         return plan
 
     def interrupt(self, now_s: float) -> StepPlan | None:
@@ -184,9 +183,7 @@ class Scheduler:
         self._relegated += draft.relegated
         if not draft.chunks:
             return None
-        plan = self._emit(draft, Copies([], [], []), [], is_interruption=True)
-        self._interruption = self.last_step
-        assert self._interruption is not None
+        plan, self._interruption = self._emit(draft, Copies([], [], []), [], is_interruption=True)
         running.start_s += self._interruption.predicted_s
         return plan
 
@@ -267,8 +264,8 @@ class Scheduler:
 
     def _emit(
         self, draft: StepDraft, copies: Copies, releases: list[int], *, is_interruption: bool = False
-    ) -> StepPlan:
-        """Write the decision down as the message that the ranks get, and count it as done."""
+    ) -> tuple[StepPlan, StepInFlight]:
+        """Write the decision down: the message that the ranks get, and what is remembered of it. Counts it as done."""
         steps, new_sequences, sampled = [], [], []
         num_rt_decodes = num_rt_context_tokens = 0
         for sequence, num_tokens in draft.chunks:
@@ -303,7 +300,7 @@ class Scheduler:
         if num_rt_decodes:
             rt_decodes = StepShape(num_decode_sequences=num_rt_decodes, decode_context_tokens=num_rt_context_tokens)
             rt_decode_s = self._latency_model.predict_s(rt_decodes)
-        self.last_step = StepInFlight(
+        step = self.last_step = StepInFlight(
             plan.step_id,
             shape,
             draft.start_s,
@@ -314,7 +311,7 @@ class Scheduler:
             sampled,
         )
         self._next_step_id += 1
-        return plan
+        return plan, step
 
     def _introduce(self, sequence: Sequence, now_s: float) -> NewSequence:
         """What a rank that never saw the sequence must be told."""

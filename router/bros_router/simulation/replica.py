@@ -170,11 +170,7 @@ class Replica:
 
     def _plan(self, now_s: float) -> None:
         self._plan_s = math.inf
-        began_s = time.perf_counter()
-        plan = self.scheduler.plan(now_s)
-        planning_s = time.perf_counter() - began_s
-        for sequence in self.scheduler.take_relegated():
-            self._admission.relegated(sequence.sequence_id)
+        plan, planning_s = self._ask(self.scheduler.plan, now_s)
         if plan is None:
             self._is_resuming = not self._steps
             return
@@ -190,11 +186,7 @@ class Replica:
     def _interrupt(self, now_s: float) -> None:
         """Run what cannot wait in the middle of the running step, which ends later by that. Layers are short: it begins
         at once."""
-        began_s = time.perf_counter()
-        plan = self.scheduler.interrupt(now_s)
-        planning_s = time.perf_counter() - began_s
-        for sequence in self.scheduler.take_relegated():
-            self._admission.relegated(sequence.sequence_id)
+        plan, planning_s = self._ask(self.scheduler.interrupt, now_s)
         if plan is None:
             return
         running = self._steps[0]
@@ -206,6 +198,15 @@ class Replica:
         self._free_s = max(running.end_s, step.end_s)
         if len(self._steps) < self._timing.max_steps_in_flight:
             self._plan_s = self._due_s(now_s)
+
+    def _ask(self, decide: Callable[[float], StepPlan | None], now_s: float) -> tuple[StepPlan | None, float]:
+        """What the scheduler decides, and the real seconds that it took. Admission hears of those it gave up."""
+        began_s = time.perf_counter()
+        plan = decide(now_s)
+        planning_s = time.perf_counter() - began_s
+        for sequence in self.scheduler.take_relegated():
+            self._admission.relegated(sequence.sequence_id)
+        return plan, planning_s
 
     def _begin(self, plan: StepPlan, start_s: float, planning_s: float) -> _Step:
         planned = self.scheduler.last_step

@@ -28,17 +28,20 @@ class Turnover:
 
     def __init__(self) -> None:
         self._recent: deque[tuple[int, int]] = deque(maxlen=_NUM_RECENT)
+        #: Means of these.
+        self._num_prompt_tokens = self._num_output_tokens = 0.0
 
     def note(self, sequence: Sequence) -> None:
         """A best-effort sequence got its last token."""
         self._recent.append((sequence.num_prompt_tokens, len(sequence.output_token_ids)))
+        self._num_prompt_tokens = sum(prompt for prompt, _ in self._recent) / len(self._recent)
+        self._num_output_tokens = sum(output for _, output in self._recent) / len(self._recent)
 
     def added_to(self, draft: StepDraft) -> StepShape | None:
         """The step with that work in it; `None` before any best-effort sequence has ended."""
         if not self._recent:
             return None
-        num_prompt_tokens = sum(prompt for prompt, _ in self._recent) / len(self._recent)
-        num_output_tokens = sum(output for _, output in self._recent) / len(self._recent)
+        num_prompt_tokens, num_output_tokens = self._num_prompt_tokens, self._num_output_tokens
         kv = draft.kv
         num_blocks = kv.num_blocks - kv.num_used_blocks(RequestClass.RT) - kv.num_reserved_blocks
         # A sequence holds its prompt all the time, and half of its output on average.
