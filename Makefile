@@ -16,7 +16,7 @@ export PYTHONSAFEPATH := 1
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
 
-.venv/.installed: pyproject.toml
+.venv/.installed: pyproject.toml kernels/build_native.py $(wildcard kernels/bros_kernels/native/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(TORCH)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .

@@ -1,24 +1,16 @@
-"""Paged attention over blocks filled from either end: the interface that models call, and its backends.
+"""Paged attention over blocks filled from either end: what every implementation of it offers.
 
 The region of one layer is two tensors, keys and values, of shape (num_blocks, block_size, num_kv_heads, head_dim).
-Where a sequence's tokens lie in it is said by signed block-table entries (`bros_kernels.slots`). Every backend walks
-keys in logical order and masks by logical position, so its result does not depend, to the last bit, on which
+Where a sequence's tokens lie in it is said by signed block-table entries (`bros_kernels.slots`). Every implementation
+walks keys in logical order and masks by logical position, so its result does not depend, to the last bit, on which
 directions store a sequence.
-
-This package knows nothing of models, plans or processes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
-import torch
 from torch import Tensor
-
-from bros_kernels.attn_meta import AttnMeta as AttnMeta
-from bros_kernels.reference import ReferenceAttention
-from bros_kernels.reference import copy_tails as copy_tails
 
 
 class PagedAttention(Protocol):
@@ -38,24 +30,3 @@ class PagedAttention(Protocol):
         Returns:
             (T, num_heads, head_dim), contiguous, in the dtype of q.
         """
-
-
-Backend: TypeAlias = Callable[[AttnMeta, torch.dtype], PagedAttention]
-
-_BACKENDS: dict[str, Backend] = {"torch": ReferenceAttention}
-
-
-class UnknownBackendError(Exception):
-    """No attention backend has this name."""
-
-
-def select_backend(name: str) -> Backend:
-    """The attention backend called `name`, or the fastest that runs here where the name is `auto`.
-
-    Raises:
-        UnknownBackendError: nothing has this name.
-    """
-    backend = _BACKENDS.get("torch" if name == "auto" else name)
-    if backend is None:
-        raise UnknownBackendError(f"no attention backend is called {name!r}: there is auto, {', '.join(_BACKENDS)}")
-    return backend

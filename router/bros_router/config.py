@@ -272,8 +272,9 @@ class RankConfig:
     )
     kernels: str = flag(
         "auto",
-        "Attention kernels; torch: the slow specification.",
-        choices=("auto", "torch"),
+        "What the model computes with; cpu: C kernels for bfloat16 on AVX-512, torch: PyTorch's, slower; auto: the "
+        "fastest that runs.",
+        choices=("auto", "cpu", "torch"),
         is_ours=True,
     )
     #: Bytes over all ranks; 0: every rank takes what is free on its GPU.

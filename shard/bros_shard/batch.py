@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bros_kernels.paged_attention import AttnMeta
+from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.slots import slots_of
 from bros_shard.protocol import SequenceStep
 from bros_shard.sampling.sampler import SamplingBatch, needs_history

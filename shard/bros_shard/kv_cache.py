@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from bros_kernels.paged_attention import copy_tails
+from bros_kernels.tails import copy_tails
 from bros_shard.host_pool import HostPool
 from bros_shard.memory import lazy_zeros
 from bros_shard.models.model import KVShape, LayerKV

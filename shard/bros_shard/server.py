@@ -13,7 +13,7 @@ from typing import Final
 import structlog
 import zmq
 
-from bros_kernels.paged_attention import UnknownBackendError
+from bros_kernels.kernels import UnknownKernelsError
 from bros_shard.exit_codes import ExitCode
 from bros_shard.memory import InsufficientMemoryError
 from bros_shard.model_config import UnsupportedModelError
@@ -46,7 +46,7 @@ _LINGER_MS: Final = 1000
 #: Errors that are not ours but the operator's to mend.
 _EXIT_CODES: Final[dict[type[Exception], ExitCode]] = {
     DeviceError: ExitCode.USAGE,
-    UnknownBackendError: ExitCode.USAGE,
+    UnknownKernelsError: ExitCode.USAGE,
     InsufficientMemoryError: ExitCode.USAGE,
     CheckpointError: ExitCode.BAD_CHECKPOINT,
     UnsupportedModelError: ExitCode.BAD_CHECKPOINT,

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bros_kernels.kernels import Kernels
 from bros_shard.parallel import ParallelGroup
 
 INDEX_FILE: Final = "model.safetensors.index.json"
@@ -156,9 +157,16 @@ class RankWeights:
     """This rank's share of a checkpoint, on its device and in the dtype that is served."""
 
     def __init__(
-        self, checkpoint: Checkpoint, parallel: ParallelGroup, device: torch.device, dtype: torch.dtype
+        self,
+        checkpoint: Checkpoint,
+        parallel: ParallelGroup,
+        device: torch.device,
+        dtype: torch.dtype,
+        kernels: Kernels,
     ) -> None:
+        """`kernels`: what is computed with the weights, which may lay them out anew."""
         self.checkpoint = checkpoint
+        self.kernels = kernels
         self.parallel = parallel
         self.device = device
         self.dtype = dtype

@@ -15,7 +15,7 @@ import structlog
 import torch
 from torch import Tensor
 
-from bros_kernels.paged_attention import select_backend
+from bros_kernels.kernels import select_kernels
 from bros_shard.batch import StepBatch, build_batch, build_sampling_batch
 from bros_shard.host_pool import staging_bytes
 from bros_shard.kv_cache import KVCache, block_bytes
@@ -70,18 +70,18 @@ class Worker:
 
         Raises:
             UnsupportedModelError, CheckpointError: the model cannot be served.
-            UnknownBackendError, DeviceError: `options` ask for what this machine does not have.
+            UnknownKernelsError, DeviceError: `options` ask for what this machine does not have.
             InsufficientMemoryError: there is no room for a single block.
         """
         self.options = options
         self._on_progress = on_progress
         folder = Path(options.model_path)
         config = ConfigFields.load(folder)
-        self._backend = select_backend(options.kernels)
         self._device = _device(options)
         self._dtype = _dtype(options, config, self._device)
         num_cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(options.num_threads or max(1, num_cores // options.world_size))
+        self._num_threads = options.num_threads or max(1, num_cores // options.world_size)
+        self._kernels = select_kernels(options.kernels, self._device, self._dtype, self._num_threads)
         self._parallel = ParallelGroup(options.rank, options.world_size, options.rendezvous, self._device.type)
         self._model = load_model(
             folder,
@@ -90,6 +90,7 @@ class Worker:
             self._device,
             self._dtype,
             _limits(options),
+            self._kernels,
             lambda done, total: on_progress("loading", done, total),
         )
         self._sampler = Sampler()
@@ -178,9 +179,9 @@ class Worker:
             "dtype": self.dtype_name,
             "device": self.device_name,
             "processor": processor_name(),
-            "threads": str(torch.get_num_threads()),
+            "threads": str(self._num_threads),
             "torch": str(torch.__version__),
-            "kernels": self._backend.__name__,
+            "kernels": self._kernels.name,
             "world_size": str(options.world_size),
             "block_size": str(options.block_size),
             "max_batch_tokens": str(options.max_batch_tokens),
@@ -212,7 +213,7 @@ class Worker:
             return StepOutput()
         started_s = time.monotonic()
         batch = build_batch(plan.sequences, sequences, self._pool, self.cache.block_size, self._device)
-        attention = self._backend(batch.attention, self._dtype)
+        attention = self._kernels.attention(batch.attention)
         layers = _Layers(self.cache.layers, between_layers)
         hidden = self._model.forward(batch.input_ids, batch.positions, layers, attention)
         logits = None

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bros_kernels.paged_attention import AttnMeta, select_backend
+from bros_kernels.attn_meta import AttnMeta
+from bros_kernels.kernels import select_kernels
 from bros_shard.kv_cache import KVCache
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
 from bros_shard.models.layers import check_divisible
@@ -24,7 +25,8 @@ CPU = torch.device("cpu")
 @torch.inference_mode()
 def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
     """Logits after each token of a prompt that is run in one step."""
-    model = load_model(path, ConfigFields.load(path), ParallelGroup(), CPU, dtype, ModelLimits())
+    kernels = select_kernels("auto", CPU, dtype, num_threads=2)
+    model = load_model(path, ConfigFields.load(path), ParallelGroup(), CPU, dtype, ModelLimits(), kernels)
     length = len(prompt)
     cache = KVCache(model.kv_shape, num_blocks=1, block_size=64, num_host_blocks=0, dtype=dtype, device=CPU)
     meta = AttnMeta(
@@ -37,7 +39,7 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
         n_decode=0,
         block_size=64,
     )
-    attention = select_backend("torch")(meta, dtype)
+    attention = kernels.attention(meta)
     hidden = model.forward(torch.tensor(prompt), torch.arange(length), cache.layers, attention)
     logits = model.logits(hidden)
     assert logits is not None
@@ -53,7 +55,7 @@ def test_float32_logits_equal_transformers(name: str, reference) -> None:
     torch.testing.assert_close(found, logits, rtol=2e-5, atol=2e-5 * float(logits.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "opt"])
+@pytest.mark.parametrize("name", ["llama", "llama-head-dim", "qwen3-window-bias", "opt"])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference) -> None:
     expected = reference(name)
     prompt = expected.prompts[10]

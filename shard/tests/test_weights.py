@@ -8,6 +8,7 @@ import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from bros_kernels.torch_kernels import TorchKernels
 from bros_shard.weights import Checkpoint, CheckpointError, RankWeights
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -28,6 +30,12 @@ class Ranks:
 
     rank: int
     world_size: int
+
+
+def rank_weights(checkpoint: Checkpoint, rank: int, world_size: int) -> RankWeights:
+    ranks: Any = Ranks(rank, world_size)
+    dtype = torch.float32
+    return RankWeights(checkpoint, ranks, torch.device("cpu"), dtype, TorchKernels(dtype))
 
 
 def save(folder: Path, tensors: dict[str, Tensor]) -> Path:
@@ -62,10 +70,7 @@ def test_ranks_hold_the_whole_between_them(world_size: int, tmp_path: Path) -> N
     matrix = torch.randn(8, 12)
     save(tmp_path, {"m": matrix})
     with Checkpoint(tmp_path) as checkpoint:
-        ranks = [
-            RankWeights(checkpoint, Ranks(rank, world_size), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
-            for rank in range(world_size)
-        ]
+        ranks = [rank_weights(checkpoint, rank, world_size) for rank in range(world_size)]
         assert torch.equal(torch.cat([rank.rows("m", (8, 12)) for rank in ranks]), matrix)
         assert torch.equal(torch.cat([rank.columns("m", (8, 12)) for rank in ranks], 1), matrix)
         assert all(torch.equal(rank.whole("m", (8, 12)), matrix) for rank in ranks)
@@ -75,10 +80,7 @@ def test_ranks_share_parts_and_pad_the_last(tmp_path: Path) -> None:
     matrix = torch.arange(10.0).view(5, 2)
     save(tmp_path, {"m": matrix, "kv": matrix[:4].clone()})
     with Checkpoint(tmp_path) as checkpoint:
-        ranks = [
-            RankWeights(checkpoint, Ranks(rank, 4), torch.device("cpu"), torch.float32)  # type: ignore[arg-type]
-            for rank in range(4)
-        ]
+        ranks = [rank_weights(checkpoint, rank, 4) for rank in range(4)]
         halves = [rank.rows("kv", (4, 2), num_parts=2).tolist() for rank in ranks]
         padded = torch.cat([rank.padded_rows("m", (5, 2)) for rank in ranks])
     assert halves == [[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[4, 5], [6, 7]], [[4, 5], [6, 7]]]

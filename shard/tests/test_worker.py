@@ -17,14 +17,14 @@ import pytest
 import torch
 
 import bros_shard.worker as worker_module
-from bros_kernels.reference import ReferenceAttention
+from bros_kernels.kernels import UnknownKernelsError
+from bros_kernels.reference_attention import ReferenceAttention
+from bros_kernels.torch_kernels import TorchKernels
 from bros_shard.batch import StepBatch, build_batch
 from bros_shard.host_pool import HostPool
 from bros_shard.kv_cache import KVCache
 from bros_shard.memory import InsufficientMemoryError
 from bros_shard.model_config import UnsupportedModelError
-from bros_shard.models import layers
-from bros_shard.models.rotary import rotate
 from bros_shard.options import ShardOptions
 from bros_shard.protocol import (
     HostCopy,
@@ -157,6 +157,30 @@ def test_time_of_other_steps_does_not_count_for_the_step_that_they_interrupt(ref
     assert output.forward_s < 0.0  # it took less than what the others are said to have taken
 
 
+@pytest.mark.parametrize("name", ["llama-head-dim", "qwen3-window-bias"])
+def test_cpu_kernels_give_the_same_tokens_alone_and_in_any_batch(name, reference, make_worker, scripted_router) -> None:
+    """In bfloat16 they are not those of float32, but what runs beside a sequence changes no bit of it."""
+    prompts = reference(name).prompts
+    try:
+        worker = make_worker(reference(name).path, kernels="cpu", dtype="bfloat16")
+    except UnknownKernelsError as error:
+        pytest.skip(str(error))
+    alone = []
+    for prompt in prompts:
+        router = scripted_router(worker)
+        router.add(prompt)
+        alone += router.run()
+    assert all(len(set(output)) >= 8 for output in alone), "the model cannot tell right from wrong"
+    router = scripted_router(worker, chunk_size=16, shares_tails=True)
+    for index, prompt in enumerate(prompts):
+        router.add(prompt, "forward" if index % 2 else "reversed")
+    for preempted, to_host in ((5, True), (6, False), (9, True)):
+        for _ in range(4):
+            router.step()
+        router.preempt(preempted, to_host)
+    assert router.run() == alone
+
+
 @pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in FAMILIES), ("qwen3-window-bias", 4)])
 def test_ranks_together_equal_one(name, world_size, reference, make_worker, scripted_router, tmp_path) -> None:
     """Real processes. With 4 ranks, pairs of them hold the same of the 2 key-value heads."""
@@ -210,7 +234,8 @@ def test_ranks_agree_on_what_rank_0_remembers(reference, make_worker, tmp_path, 
 
 
 def _flip_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
+    rotate = TorchKernels.rotate
+    monkeypatch.setattr(TorchKernels, "rotate", lambda self, x, cos, sin: rotate(self, x, cos, -sin))
 
 
 def _shift_positions_of_decodes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,22 +5,19 @@ Sequences are flattened: activations are (T, features) for the T tokens of a ste
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Final, TypeAlias
+from collections.abc import Sequence
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bros_kernels.kernels import Activation, Linear
 from bros_kernels.paged_attention import PagedAttention
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
-from bros_shard.models.linear import Linear, make_linear
 from bros_shard.models.model import LayerKV
-from bros_shard.models.rotary import rotate
 from bros_shard.parallel import ParallelGroup
 from bros_shard.weights import RankWeights
-
-Activation: TypeAlias = Callable[[Tensor], Tensor]
 
 
 def _gelu_tanh(x: Tensor) -> Tensor:
@@ -45,17 +42,17 @@ def read_activation(config: ConfigFields, name: str, default: str) -> Activation
     return activation
 
 
-def column_parallel(
+def _column_parallel(
     weights: RankWeights, names: Sequence[str], out_features: int, in_features: int, has_bias: bool
-) -> Linear:
-    """One product for several projections of the same shape, each split by output features over the ranks.
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of several projections of the same shape, each split by output features over the ranks.
 
-    The result holds this rank's features of the first projection, then those of the next.
+    They hold this rank's features of the first projection, then those of the next.
     """
     shape = (out_features, in_features)
     weight = torch.cat([weights.rows(f"{name}.weight", shape) for name in names])
     bias = torch.cat([weights.rows(f"{name}.bias", shape[:1]) for name in names]) if has_bias else None
-    return make_linear(weight, bias)
+    return weight, bias
 
 
 def row_parallel(weights: RankWeights, name: str, out_features: int, in_features: int, has_bias: bool) -> Linear:
@@ -63,7 +60,7 @@ def row_parallel(weights: RankWeights, name: str, out_features: int, in_features
     weight = weights.columns(f"{name}.weight", (out_features, in_features))
     bias = weights.whole(f"{name}.bias", (out_features,)) if has_bias else None
     # One rank adds the bias, so that the sum holds it once.
-    linear = make_linear(weight, bias if weights.parallel.rank == 0 else None)
+    linear = weights.kernels.linear(weight, bias if weights.parallel.rank == 0 else None)
     if weights.parallel.world_size == 1:
         return linear
     all_reduce = weights.parallel.all_reduce
@@ -74,12 +71,12 @@ class RMSNorm:
     """x / rms(x) * weight, over the last dimension."""
 
     def __init__(self, weights: RankWeights, name: str, size: int, eps: float) -> None:
+        self._kernels = weights.kernels
         self._weight = weights.whole(f"{name}.weight", (size,))
         self._eps = eps
-        self._shape = (size,)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self._shape, self._weight, self._eps)
+        return self._kernels.rms_norm(x, self._weight, self._eps)
 
 
 class LayerNorm:
@@ -108,7 +105,7 @@ class Vocabulary:
         head = self._embedding
         if head_name is not None:
             head = weights.padded_rows(f"{head_name}.weight", (vocab_size, size))
-        self._head = make_linear(head)
+        self._head = weights.kernels.linear(head)
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """(T) token ids to (T, size)."""
@@ -165,7 +162,8 @@ class Attention:
             bias = torch.cat(
                 [weights.rows(f"{prefix}.{name}.bias", (rows,), parts) for name, (rows, parts) in shapes.items()]
             )
-        self._qkv = make_linear(torch.cat(weight), bias)
+        self._kernels = weights.kernels
+        self._qkv = weights.kernels.linear(torch.cat(weight), bias)
         self._output = row_parallel(
             weights, f"{prefix}.{output_name}", hidden_size, num_heads * head_dim, has_output_bias
         )
@@ -184,9 +182,9 @@ class Attention:
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._q_norm(q), self._k_norm(k)
             if angles is not None:
-                q, k = rotate(q, *angles), rotate(k, *angles)
+                q, k = self._kernels.rotate(q, *angles), self._kernels.rotate(k, *angles)
         elif angles is not None:
-            rotated = rotate(qkv[:, : num_heads + num_kv_heads], *angles)
+            rotated = self._kernels.rotate(qkv[:, : num_heads + num_kv_heads], *angles)
             q, k = rotated[:, :num_heads], rotated[:, num_heads:]
         attention.write_kv(*kv, k, v)
         attended = attention.attend(q, *kv, self._scale, self._window)
@@ -206,13 +204,12 @@ class GatedMLP:
         has_bias: bool,
     ) -> None:
         names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
-        self._gate_up = column_parallel(weights, names, inner_size, hidden_size, has_bias)
+        weight, bias = _column_parallel(weights, names, inner_size, hidden_size, has_bias)
+        self._gated = weights.kernels.gated_linear(weight, bias, activation)
         self._down = row_parallel(weights, f"{prefix}.down_proj", hidden_size, inner_size, has_bias)
-        self._activation = activation
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self._gate_up(x).chunk(2, -1)
-        return self._down(self._activation(gate).mul_(up))
+        return self._down(self._gated(x))
 
 
 class MLP:
@@ -227,7 +224,7 @@ class MLP:
         activation: Activation,
         has_bias: bool,
     ) -> None:
-        self._in = column_parallel(weights, names[:1], inner_size, hidden_size, has_bias)
+        self._in = weights.kernels.linear(*_column_parallel(weights, names[:1], inner_size, hidden_size, has_bias))
         self._out = row_parallel(weights, names[1], hidden_size, inner_size, has_bias)
         self._activation = activation
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from bros_kernels.kernels import Activation
 from bros_kernels.paged_attention import PagedAttention
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.layers import (
-    Activation,
     Attention,
     GatedMLP,
     RMSNorm,

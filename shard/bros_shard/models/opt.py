@@ -8,18 +8,17 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
+from bros_kernels.kernels import Activation, Linear
 from bros_kernels.paged_attention import PagedAttention
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
 from bros_shard.models.layers import (
     MLP,
-    Activation,
     Attention,
     LayerNorm,
     Vocabulary,
     check_divisible,
     read_activation,
 )
-from bros_shard.models.linear import Linear, make_linear
 from bros_shard.models.model import KVShape, LayerKV, ModelLimits
 from bros_shard.weights import RankWeights
 
@@ -104,7 +103,7 @@ class OPT:
         if embedding_size != hidden_size:
             into = weights.whole(f"{decoder}.project_in.weight", (hidden_size, embedding_size))
             out = weights.whole(f"{decoder}.project_out.weight", (embedding_size, hidden_size))
-            self._project_in, self._project_out = make_linear(into), make_linear(out)
+            self._project_in, self._project_out = weights.kernels.linear(into), weights.kernels.linear(out)
         self._layers = [OPTLayer(config, weights, f"{decoder}.layers.{index}") for index in range(config.num_layers)]
         self._final_norm: LayerNorm | None = None
         if config.has_final_norm:

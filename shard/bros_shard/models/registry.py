@@ -8,6 +8,7 @@ from typing import Any, Final, TypeAlias
 
 import torch
 
+from bros_kernels.kernels import Kernels
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.llama import Llama, read_llama
 from bros_shard.models.mistral import read_mistral
@@ -54,6 +55,7 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     limits: ModelLimits,
+    kernels: Kernels,
     on_progress: OnProgress = lambda done, total: None,
 ) -> CausalLM:
     """Load this rank's slice of the model in `folder`, whose config.json is `config`.
@@ -69,6 +71,6 @@ def load_model(
     read_config, build = _FAMILIES[known[0]]
     model_config = read_config(config, limits)
     with Checkpoint(folder, on_progress) as checkpoint:
-        model = build(model_config, RankWeights(checkpoint, parallel, device, dtype))
+        model = build(model_config, RankWeights(checkpoint, parallel, device, dtype, kernels))
         checkpoint.check_all_taken(_IGNORED_TENSORS)
     return model

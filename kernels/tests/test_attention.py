@@ -1,4 +1,4 @@
-"""The torch backend against attention written out, over regions whose unused slots are NaN."""
+"""Attention of all kernels against attention written out, over regions whose unused slots are NaN."""
 
 from __future__ import annotations
 
@@ -14,10 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bros_kernels.paged_attention import AttnMeta, UnknownBackendError, copy_tails, select_backend
-from bros_kernels.reference import ReferenceAttention
+from bros_kernels.attn_meta import AttnMeta
+from bros_kernels.kernels import Kernels, select_kernels
+from bros_kernels.tails import copy_tails
 
+CPU = torch.device("cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 1e-2}
+
+
+def select(name: str, dtype: torch.dtype) -> Kernels:
+    return select_kernels(name, CPU, dtype, num_threads=2)
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def kind(request: pytest.FixtureRequest) -> tuple[Kernels, torch.dtype, int]:
+    """Kernels, and dtype and size of heads that they compute themselves."""
+    if request.param == "torch":
+        return select("torch", torch.float32), torch.float32, 16
+    return request.getfixturevalue("cpu_kernels"), torch.bfloat16, 32
 
 
 @dataclass(frozen=True)
@@ -100,8 +114,10 @@ def slot_of(entry: int, offset: int, block_size: int) -> int:
     return entry * block_size + offset if entry >= 0 else (-entry - 1) * block_size + block_size - 1 - offset
 
 
-def run(case: Case, directions: str, scale: float = 0.3, window: int | None = None, seed: int = 0) -> Tensor:
-    """Store all but the step's tokens by hand, let the backend write those, and attend."""
+def run(
+    kernels: Kernels, case: Case, directions: str, scale: float = 0.3, window: int | None = None, seed: int = 0
+) -> Tensor:
+    """Store all but the step's tokens by hand, let the kernels write those, and attend."""
     tables, num_blocks = choose_entries(case, directions, seed)
     _, num_kv_heads, head_dim = case.keys[0].shape
     sizes = (num_blocks, case.block_size, num_kv_heads, head_dim)
@@ -128,7 +144,7 @@ def run(case: Case, directions: str, scale: float = 0.3, window: int | None = No
         n_decode=num_queries.count(1),
         block_size=case.block_size,
     )
-    attention = ReferenceAttention(meta, case.queries.dtype)
+    attention = kernels.attention(meta)
     attention.write_kv(k, v, torch.cat(k_new), torch.cat(v_new))
     return attention.attend(case.queries, k, v, scale, window)
 
@@ -139,58 +155,114 @@ def edge_lengths(block_size: int) -> list[tuple[int, int]]:
     return [(n, 1) for n in lengths] + [(n, n) for n in lengths[1:]] + [(n + 5, 5) for n in lengths]
 
 
+def assert_right(found: Tensor, case: Case, scale: float = 0.3, window: int | None = None) -> None:
+    tolerance = TOLERANCE[case.queries.dtype]
+    torch.testing.assert_close(found.double(), expected_attention(case, scale, window), rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("directions", ["+", "-", "±", "shared"])
 @pytest.mark.parametrize("block_size", [16, 64, 256])
-def test_edges_of_blocks(block_size: int, directions: str) -> None:
-    case = make_case(edge_lengths(block_size), block_size, group=3)
-    torch.testing.assert_close(run(case, directions).double(), expected_attention(case, 0.3), rtol=2e-5, atol=2e-5)
+def test_edges_of_blocks(kind: tuple[Kernels, torch.dtype, int], block_size: int, directions: str) -> None:
+    kernels, dtype, head_dim = kind
+    case = make_case(edge_lengths(block_size), block_size, group=3, head_dim=head_dim, dtype=dtype)
+    assert_right(run(kernels, case, directions), case)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("group", [1, 3, 4, 8])
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
-def test_dtypes_and_head_shapes(dtype: torch.dtype, group: int, head_dim: int) -> None:
+@pytest.mark.parametrize("head_dim", [48, 64, 96, 128, 256])
+@pytest.mark.parametrize("group", [1, 3, 4, 8, 49])
+@pytest.mark.parametrize("name_and_dtype", [*(("torch", dtype) for dtype in TOLERANCE), ("auto", torch.bfloat16)])
+def test_dtypes_and_head_shapes(name_and_dtype: tuple[str, torch.dtype], group: int, head_dim: int) -> None:
+    name, dtype = name_and_dtype
     lengths = [(1, 1), (33, 1), (55, 1), (40, 40), (29, 6)]
     case = make_case(lengths, group=group, head_dim=head_dim, dtype=dtype)
     scale = head_dim**-0.5
-    torch.testing.assert_close(
-        run(case, "shared", scale).double(),
-        expected_attention(case, scale),
-        rtol=TOLERANCE[dtype],
-        atol=TOLERANCE[dtype],
-    )
+    assert_right(run(select(name, dtype), case, "shared", scale), case, scale)
 
 
-@pytest.mark.parametrize("window", [1, 2, 16, 17, 54, 55, 1000])
-def test_window(window: int) -> None:
-    case = make_case([(1, 1), (16, 1), (55, 1), (20, 20), (54, 17)], group=2)
-    torch.testing.assert_close(
-        run(case, "±", window=window).double(), expected_attention(case, 0.3, window), rtol=2e-5, atol=2e-5
-    )
+@pytest.mark.parametrize("window", [1, 2, 16, 17, 54, 55, 64, 65, 130, 1000])
+def test_window(kind: tuple[Kernels, torch.dtype, int], window: int) -> None:
+    kernels, dtype, head_dim = kind
+    lengths = [(1, 1), (16, 1), (55, 1), (200, 1), (20, 20), (54, 17), (150, 90)]
+    case = make_case(lengths, group=2, head_dim=head_dim, dtype=dtype)
+    assert_right(run(kernels, case, "±", window=window), case, window=window)
 
 
-def test_decodes_of_very_different_length() -> None:
-    case = make_case([(3, 1), (900, 1), (5, 1), (950, 1), (1, 1), (300, 1)], block_size=64)
-    torch.testing.assert_close(run(case, "±").double(), expected_attention(case, 0.3), rtol=2e-5, atol=2e-5)
+def test_decodes_of_very_different_length(kind: tuple[Kernels, torch.dtype, int]) -> None:
+    kernels, dtype, head_dim = kind
+    lengths = [(3, 1), (900, 1), (5, 1), (950, 1), (1, 1), (300, 1)]
+    case = make_case(lengths, block_size=64, head_dim=head_dim, dtype=dtype)
+    assert_right(run(kernels, case, "±"), case)
+
+
+def test_scores_that_differ_by_orders_of_magnitude(kind: tuple[Kernels, torch.dtype, int]) -> None:
+    kernels, dtype, head_dim = kind
+    case = make_case([(200, 1), (90, 90)], head_dim=head_dim, dtype=dtype)
+    assert_right(run(kernels, case, "±", scale=40.0), case, scale=40.0)
+
+
+def test_nan_of_a_key_or_value_reaches_those_who_see_it_and_nobody_else(
+    kind: tuple[Kernels, torch.dtype, int],
+) -> None:
+    kernels, dtype, head_dim = kind
+    case = make_case([(100, 1), (80, 1)], head_dim=head_dim, dtype=dtype)
+    for part in (case.keys, case.values):
+        part[1][70, 0, 3] = math.nan
+        found = run(kernels, case, "±")
+        assert not found[0].isnan().any()
+        assert found[1, 0].isnan().any()  # the head that reads it
+        assert not found[1, 1].isnan().any()
+        part[1][70, 0, 3] = 0.0
+
+
+steps_of_sequences = st.lists(st.tuples(st.integers(0, 150), st.integers(1, 40)), min_size=1, max_size=6)
+
+
+@pytest.mark.parametrize("name_and_dtype", [("torch", torch.float32), ("auto", torch.bfloat16)], ids=str)
+@settings(deadline=None, max_examples=60)
+@given(
+    past_and_new=steps_of_sequences,
+    group=st.sampled_from([1, 2, 3]),
+    window=st.sampled_from([None, 3, 20]),
+    seed=st.integers(0, 1000),
+)
+def test_any_step_is_right_and_bit_equal_in_all_directions(
+    name_and_dtype: tuple[str, torch.dtype],
+    past_and_new: list[tuple[int, int]],
+    group: int,
+    window: int | None,
+    seed: int,
+) -> None:
+    name, dtype = name_and_dtype
+    kernels = select(name, dtype)
+    case = make_case([(past + new, new) for past, new in past_and_new], group=group, head_dim=32, dtype=dtype)
+    forward = run(kernels, case, "+", window=window)
+    assert_right(forward, case, window=window)
+    for directions in ("-", "±", "shared"):
+        assert torch.equal(run(kernels, case, directions, window=window, seed=seed), forward)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
-    st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=6),
-    st.sampled_from([torch.float32, torch.bfloat16]),
-    st.sampled_from([1, 2, 3]),
-    st.sampled_from([None, 3, 20]),
-    st.integers(0, 1000),
+    past_and_new=steps_of_sequences,
+    window=st.sampled_from([None, 3, 70]),
+    chosen=st.integers(0, 5),
+    part=st.integers(1, 40),
 )
-def test_any_step_is_right_and_bit_equal_in_all_directions(
-    past_and_new: list[tuple[int, int]], dtype: torch.dtype, group: int, window: int | None, seed: int
+def test_tokens_are_bit_equal_alone_in_any_batch_and_in_any_chunk(
+    cpu_kernels: Kernels, past_and_new: list[tuple[int, int]], window: int | None, chosen: int, part: int
 ) -> None:
-    case = make_case([(past + new, new) for past, new in past_and_new], group=group, dtype=dtype)
-    forward = run(case, "+", window=window)
-    tolerance = TOLERANCE[dtype]
-    torch.testing.assert_close(forward.double(), expected_attention(case, 0.3, window), rtol=tolerance, atol=tolerance)
-    for directions in ("-", "±", "shared"):
-        assert torch.equal(run(case, directions, window=window, seed=seed), forward)
+    together = make_case([(past + new, new) for past, new in past_and_new], group=3, head_dim=32, dtype=torch.bfloat16)
+    chosen %= len(together.lengths)
+    length, num_new = together.lengths[chosen]
+    first = sum(n for _, n in together.lengths[:chosen])
+    expected = run(cpu_kernels, together, "+", window=window)[first : first + num_new]
+    keys, values = together.keys[chosen], together.values[chosen]
+    for start in range(0, num_new, part):
+        stop = min(start + part, num_new)
+        end = length - num_new + stop
+        queries = together.queries[first + start : first + stop]
+        alone = Case([(end, stop - start)], together.block_size, queries, [keys[:end]], [values[:end]])
+        assert torch.equal(run(cpu_kernels, alone, "-", window=window), expected[start:stop])
 
 
 @settings(deadline=None)
@@ -210,9 +282,3 @@ def test_copy_tails_keeps_content_in_every_layer(data: st.DataObject, block_size
             rows[:, :, slot_of(destination, offset, block_size)] = rows[:, :, slot_of(source, offset, block_size)]
     copy_tails(kv, *(torch.tensor(column, dtype=torch.int32) for column in (sources, destinations, counts)))
     assert torch.equal(kv, expected)
-
-
-def test_select_backend() -> None:
-    assert select_backend("auto") is select_backend("torch") is ReferenceAttention
-    with pytest.raises(UnknownBackendError, match="no attention backend is called 'tritn'"):
-        select_backend("tritn")

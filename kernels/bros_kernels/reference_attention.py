@@ -1,6 +1,6 @@
-"""The `torch` backend, on any device: gather the keys in logical order, then PyTorch's attention.
+"""Attention on any device: gather the keys in logical order, then PyTorch's attention.
 
-It is the specification that faster backends are tested against, and the fallback where none of them runs.
+It is the specification that faster kernels are tested against, and the fallback where none of them runs.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
-from bros_kernels.slots import slots_at, slots_of
+from bros_kernels.slots import slots_at
 
 
 class ReferenceAttention:
@@ -154,21 +154,3 @@ def _runs_of_similar_length(seq_lens: list[int]) -> list[tuple[int, int]]:
     if seq_lens:
         runs.append((start, len(seq_lens)))
     return runs
-
-
-def copy_tails(kv: Tensor, source_entries: Tensor, destination_entries: Tensor, counts: Tensor) -> None:
-    """Copy the first `counts[c]` logical tokens of each source entry's block to its destination's, in all layers.
-
-    No slot may be both read and written, or written twice.
-
-    Args:
-        kv: (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim).
-        source_entries, destination_entries: signed block-table entries, int32 (C), as is `counts`.
-    """
-    block_size = kv.shape[3]
-    copy = torch.arange(len(counts), device=counts.device).repeat_interleave(counts.long())
-    offsets = torch.arange(len(copy), device=counts.device) - (counts.cumsum(0) - counts)[copy]
-    slots = kv.flatten(2, 3)
-    source = slots_of(source_entries[copy], offsets, block_size)
-    destination = slots_of(destination_entries[copy], offsets, block_size)
-    slots.index_copy_(2, destination, slots.index_select(2, source))

@@ -1,0 +1,93 @@
+"""What a model computes with: every operation that some device has a faster way for, and who does it.
+
+This package knows nothing of models, plans or processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, Protocol, TypeAlias
+
+import structlog
+import torch
+from torch import Tensor
+
+from bros_kernels.attn_meta import AttnMeta
+from bros_kernels.cpu_kernels import CpuKernels
+from bros_kernels.native import NativeLibraryError, load_library
+from bros_kernels.paged_attention import PagedAttention
+from bros_kernels.torch_kernels import TorchKernels
+
+log = structlog.get_logger()
+
+#: Maps x: (rows, in_features) to (rows, out_features).
+Linear: TypeAlias = Callable[[Tensor], Tensor]
+#: A function of each number.
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+
+NAMES: Final = ("auto", "cpu", "torch")
+
+
+class Kernels(Protocol):
+    """One implementation. Numbers are in the dtype that it was chosen for, unless said otherwise."""
+
+    name: str
+
+    def attention(self, meta: AttnMeta) -> PagedAttention:
+        """The attention of one step."""
+
+    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
+        """The function x @ weight.T + bias. The weight may be freed: the function keeps what it needs.
+
+        Args:
+            weight: (out_features, in_features).
+            bias: (out_features), or None.
+        """
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: Activation) -> Linear:
+        """The function activation(gate(x)) * up(x).
+
+        Args:
+            weight: (2 * out_features, in_features): the rows of gate, then those of up; `bias` alike.
+        """
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x / rms(x) * weight over the last dimension, whose size `weight` has. Contiguous."""
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Rotate the pairs (i, i + head_dim / 2) of x: (T, heads, head_dim), whose memory may be overwritten.
+
+        Args:
+            cos, sin: (T, 1, head_dim); sin is negative in the first half.
+        """
+
+
+class UnknownKernelsError(Exception):
+    """No kernels have this name, or they do not run here."""
+
+
+def select_kernels(name: str, device: torch.device, dtype: torch.dtype, num_threads: int) -> Kernels:
+    """The kernels called `name`, or the fastest that run here where the name is `auto`.
+
+    They have `num_threads` threads of the CPU; PyTorch has as many, or one beside kernels that have their own: threads
+    of two pools would wait for work on the same cores.
+
+    Raises:
+        UnknownKernelsError: nothing has this name, or it does not run here.
+    """
+    torch.set_num_threads(num_threads)
+    if name not in NAMES:
+        raise UnknownKernelsError(f"no kernels are called {name!r}: there are {', '.join(NAMES)}")
+    if name == "torch" or (name == "auto" and (device.type != "cpu" or dtype != torch.bfloat16)):
+        return TorchKernels(dtype)
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        raise UnknownKernelsError(f"the cpu kernels compute in bfloat16 on the CPU, not in {dtype} on {device.type}")
+    try:
+        kernels = CpuKernels(load_library(num_threads))
+        torch.set_num_threads(1)
+        return kernels
+    except NativeLibraryError as error:
+        if name == "cpu":
+            raise UnknownKernelsError(f"the cpu kernels do not run here: {error}") from None
+        log.warning("running on PyTorch's kernels, which are slower", reason=str(error))
+        return TorchKernels(dtype)

@@ -1,0 +1,77 @@
+"""The C library of this package: where it is, what this processor must have, and its functions.
+
+`kernels/build_native.py` builds it when the package is installed. It has a plain C ABI and is called by `ctypes`, which
+lets go of the interpreter's lock meanwhile, so any PyTorch will do.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+#: Beside this file, unless there was no compiler.
+LIBRARY: Final = Path(__file__).with_name("libbros.so")
+
+_FUNCTIONS: Final = {
+    "bros_set_num_threads": (c_int,),
+    "bros_pack_weight": (c_void_p, c_int64, c_int64, c_void_p),
+    "bros_linear": (
+        *(c_void_p, c_int64, c_int64),  # x, x_stride, m
+        *(c_void_p, c_int64, c_int64, c_void_p),  # packed, n, k, bias
+        *(c_void_p, c_int64, c_int32),  # out, out_stride, epilogue
+    ),
+    "bros_rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p),
+    "bros_rotate": (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "bros_write_kv": (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
+    "bros_attend": (
+        *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p),  # step, q, q_stride, k, v
+        *(c_int64, c_int64, c_int64, c_float, c_int64, c_void_p),  # heads, key heads, head_dim, scale, window, out
+    ),
+}
+
+
+class NativeLibraryError(Exception):
+    """The C library was not built, or does not run on this processor."""
+
+
+class Step(ctypes.Structure):
+    """`struct bros_step` of `native/attention.h`."""
+
+    _fields_ = (
+        ("queries", c_void_p),
+        ("num_queries", c_int64),
+        ("block_table", c_void_p),
+        ("table_width", c_int64),
+        ("block_size", c_int64),
+    )
+
+
+@cache
+def _library() -> ctypes.CDLL:
+    if not LIBRARY.exists():
+        raise NativeLibraryError("the C kernels were not built: no C compiler was found at installation")
+    library = ctypes.CDLL(str(LIBRARY))
+    library.bros_is_supported.restype = c_int
+    if not library.bros_is_supported():
+        raise NativeLibraryError("this processor has no AVX-512 with bfloat16 products")
+    for name, argument_types in _FUNCTIONS.items():
+        function = getattr(library, name)
+        function.argtypes = argument_types
+        function.restype = c_int if name == "bros_set_num_threads" else None
+    return library
+
+
+def load_library(num_threads: int) -> ctypes.CDLL:
+    """The library, which computes with `num_threads` threads from now on. It must be called by one thread at a time.
+
+    Raises:
+        NativeLibraryError: it does not run here.
+    """
+    library = _library()
+    error = library.bros_set_num_threads(num_threads)
+    if error:
+        raise NativeLibraryError(f"{num_threads} threads cannot be started: error {error}")
+    return library

@@ -1,0 +1,177 @@
+"""Products, norms and rotations of all kernels, and which kernels are chosen."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+
+from bros_kernels import native
+from bros_kernels.cpu_kernels import CpuKernels
+from bros_kernels.kernels import Kernels, UnknownKernelsError, select_kernels
+from bros_kernels.torch_kernels import TorchKernels
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16, "cpu"], ids=str)
+def kind(request: pytest.FixtureRequest) -> tuple[Kernels, torch.dtype]:
+    """Kernels and the dtype that they compute in."""
+    if request.param == "cpu":
+        return request.getfixturevalue("cpu_kernels"), torch.bfloat16
+    return select_kernels("torch", CPU, request.param, num_threads=2), request.param
+
+
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(1, 3), (7, 33), (96, 64), (131, 64), (64, 96), (40, 2), (2048, 130)]
+)
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_product_equals_f_linear(
+    kind: tuple[Kernels, torch.dtype], out_features: int, in_features: int, has_bias: bool
+) -> None:
+    kernels, dtype = kind
+    weight = torch.randn(out_features, in_features).to(dtype)
+    bias = torch.randn(out_features).to(dtype) if has_bias else None
+    linear = kernels.linear(weight, bias)
+    with torch.inference_mode():
+        for num_rows in (1, 2, 5, 12, 13, 16, 33, 97, 200):
+            x = torch.randn(num_rows, 2 * in_features).to(dtype)[:, :in_features]  # rows that lie apart
+            torch.testing.assert_close(linear(x), F.linear(x, weight, bias), rtol=1.6e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.gelu])
+@pytest.mark.parametrize(("out_features", "in_features"), [(64, 96), (1536, 64), (24, 33)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_gated_product(
+    kind: tuple[Kernels, torch.dtype], activation, out_features: int, in_features: int, has_bias: bool
+) -> None:
+    kernels, dtype = kind
+    weight = torch.randn(2 * out_features, in_features).to(dtype)
+    bias = torch.randn(2 * out_features).to(dtype) if has_bias else None
+    gated = kernels.gated_linear(weight, bias, activation)
+    with torch.inference_mode():
+        for num_rows in (1, 12, 33):
+            x = torch.randn(num_rows, in_features).to(dtype)
+            gate, up = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).chunk(2, -1)
+            expected = activation(gate) * up
+            atol = 2e-2 * float(expected.abs().max())
+            torch.testing.assert_close(gated(x).float(), expected, rtol=2e-2, atol=atol)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    num_rows=st.integers(1, 250),
+    out_features=st.integers(1, 120),
+    half_in_features=st.integers(1, 40),
+    data=st.data(),
+)
+def test_row_of_a_product_is_bit_equal_in_any_batch(
+    cpu_kernels: Kernels, num_rows: int, out_features: int, half_in_features: int, data: st.DataObject
+) -> None:
+    linear = cpu_kernels.linear(torch.randn(out_features, 2 * half_in_features).bfloat16())
+    x = torch.randn(num_rows, 2 * half_in_features).bfloat16()
+    start = data.draw(st.integers(0, num_rows - 1))
+    stop = data.draw(st.integers(start + 1, num_rows))
+    assert torch.equal(linear(x)[start:stop], linear(x[start:stop]))
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("num_threads", [1, 2, 7])
+def test_any_number_of_threads_computes_the_same(num_threads: int) -> None:
+    """More threads than cores, and jobs so short that threads come too late for many of them."""
+    weight, x = torch.randn(300, 64).bfloat16(), torch.randn(16, 64).bfloat16()
+    expected = select_kernels("cpu", CPU, torch.bfloat16, num_threads=1).linear(weight)(x)
+    linear = select_kernels("cpu", CPU, torch.bfloat16, num_threads).linear(weight)
+    for _ in range(3000):
+        assert torch.equal(linear(x), expected)
+
+
+@pytest.mark.parametrize("size", [16, 64, 576, 70])
+def test_rms_norm(kind: tuple[Kernels, torch.dtype], size: int) -> None:
+    kernels, dtype = kind
+    weight = torch.randn(size).to(dtype)
+    for shape in ((1, size), (33, size), (5, 3, size)):
+        x = (3 * torch.randn(*shape)).to(dtype)
+        expected = F.rms_norm(x.double(), (size,), weight.double(), 1e-5)
+        torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5).double(), expected, rtol=1e-2, atol=1e-3)
+    heads = torch.randn(5, 4, size).to(dtype)[:, 1:3]  # a part of each row
+    expected = F.rms_norm(heads.double(), (size,), weight.double(), 1e-5)
+    torch.testing.assert_close(kernels.rms_norm(heads, weight, 1e-5).double(), expected, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 96])
+def test_rotation(kind: tuple[Kernels, torch.dtype], head_dim: int) -> None:
+    kernels, dtype = kind
+    angles = torch.rand(21, 1, head_dim // 2) * 6
+    cos = torch.cat([angles.cos(), angles.cos()], -1).to(dtype)
+    sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
+    x = torch.randn(21, 5, head_dim).to(dtype)
+    low, high = x.double().chunk(2, -1)
+    first, second = cos.double().chunk(2, -1)[0], sin.double().chunk(2, -1)[1]
+    expected = torch.cat([low * first - high * second, high * first + low * second], -1)
+    untouched = x[:, 3:].clone()
+    rotated = kernels.rotate(x[:, :3], cos, sin)
+    torch.testing.assert_close(rotated.double(), expected[:, :3], rtol=1e-2, atol=2e-2)
+    assert torch.equal(x[:, 3:], untouched)
+
+
+@pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="weights are not packed here")
+@pytest.mark.parametrize("name", ["torch", "auto"])
+def test_packed_weight_is_the_only_copy(name: str) -> None:
+    weight = torch.randn(64, 64).bfloat16()
+    linear = select_kernels(name, CPU, torch.bfloat16, num_threads=2).linear(weight)
+    plain = weakref.ref(weight)
+    del weight
+    assert linear(torch.ones(1, 64, dtype=torch.bfloat16)).shape == (1, 64)
+    assert plain() is None
+
+
+def test_torch_computes_what_nothing_else_can() -> None:
+    for dtype in (torch.float32, torch.float16):
+        assert isinstance(select_kernels("auto", CPU, dtype, 1), TorchKernels)
+    assert isinstance(select_kernels("torch", CPU, torch.bfloat16, 1), TorchKernels)
+    with pytest.raises(UnknownKernelsError, match="no kernels are called 'tritn': there are auto, cpu, torch"):
+        select_kernels("tritn", CPU, torch.bfloat16, 1)
+    with pytest.raises(UnknownKernelsError, match=r"compute in bfloat16 on the CPU, not in torch\.float32 on cpu"):
+        select_kernels("cpu", CPU, torch.float32, 1)
+
+
+@pytest.mark.usefixtures("cpu_kernels")
+def test_kernels_with_threads_of_their_own_leave_torch_one() -> None:
+    assert isinstance(select_kernels("auto", CPU, torch.bfloat16, 2), CpuKernels)
+    assert torch.get_num_threads() == 1
+    select_kernels("torch", CPU, torch.bfloat16, 2)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.fixture
+def forget_library():
+    native._library.cache_clear()
+    yield
+    native._library.cache_clear()
+
+
+@pytest.mark.usefixtures("forget_library")
+def test_library_that_was_not_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libbros.so")
+    assert isinstance(select_kernels("auto", CPU, torch.bfloat16, 1), TorchKernels)
+    with pytest.raises(UnknownKernelsError, match="do not run here: the C kernels were not built"):
+        select_kernels("cpu", CPU, torch.bfloat16, 1)
+
+
+@pytest.mark.usefixtures("cpu_kernels", "forget_library")
+def test_processor_without_the_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OlderProcessor:
+        """The library as such a processor answers."""
+
+        def __init__(self, path: str) -> None:
+            self.bros_is_supported = ctypes.CFUNCTYPE(ctypes.c_int)(lambda: 0)
+
+    monkeypatch.setattr(ctypes, "CDLL", OlderProcessor)
+    assert isinstance(select_kernels("auto", CPU, torch.bfloat16, 1), TorchKernels)
