@@ -11,7 +11,7 @@ TGI_CLIENT := .venv-tgi-client
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak check format format-check lint types bench eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak check format format-check lint types bench bench-kernels eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -58,6 +58,9 @@ lint: install-dev
 
 types: install-dev
 	$(BIN)/mypy
+
+bench-kernels: install-dev
+	$(BIN)/python -m bros_benchmarks.kernels
 
 bench: install-dev
 	$(BIN)/python -m bros_benchmarks.serving

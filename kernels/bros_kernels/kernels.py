@@ -5,8 +5,7 @@ This package knows nothing of models, plans or processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final, Protocol, TypeAlias
+from typing import Final, Protocol
 
 import structlog
 import torch
@@ -14,16 +13,12 @@ from torch import Tensor
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.cpu_kernels import CpuKernels
+from bros_kernels.linear import Activation, Linear, RMSNorm
 from bros_kernels.native import NativeLibraryError, load_library
 from bros_kernels.paged_attention import PagedAttention
 from bros_kernels.torch_kernels import TorchKernels
 
 log = structlog.get_logger()
-
-#: Maps x: (rows, in_features) to (rows, out_features).
-Linear: TypeAlias = Callable[[Tensor], Tensor]
-#: A function of each number.
-Activation: TypeAlias = Callable[[Tensor], Tensor]
 
 NAMES: Final = ("auto", "cpu", "torch")
 
@@ -36,30 +31,24 @@ class Kernels(Protocol):
     def attention(self, meta: AttnMeta) -> PagedAttention:
         """The attention of one step."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Linear:
-        """The function x @ weight.T + bias. The weight may be freed: the function keeps what it needs.
+    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
+        """A product with a weight that never changes. The weight may be freed: the function keeps what it needs.
 
         Args:
             weight: (out_features, in_features).
             bias: (out_features), or None.
+            norm: of the inputs, or None.
         """
 
-    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: Activation) -> Linear:
-        """The function activation(gate(x)) * up(x).
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None) -> Linear:
+        """The function activation(gate(norm(x))) * up(norm(x)), which takes no residual.
 
         Args:
             weight: (2 * out_features, in_features): the rows of gate, then those of up; `bias` alike.
         """
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """x / rms(x) * weight over the last dimension, whose size `weight` has. Contiguous."""
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Rotate the pairs (i, i + head_dim / 2) of x: (T, heads, head_dim), whose memory may be overwritten.
-
-        Args:
-            cos, sin: (T, 1, head_dim); sin is negative in the first half.
-        """
+    def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x / rms(x) * norm.weight, of (rows, size). Contiguous."""
 
 
 class UnknownKernelsError(Exception):

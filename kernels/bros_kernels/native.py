@@ -18,18 +18,16 @@ LIBRARY: Final = Path(__file__).with_name("libbros.so")
 _FUNCTIONS: Final = {
     "bros_set_num_threads": (c_int,),
     "bros_pack_weight": (c_void_p, c_int64, c_int64, c_void_p),
-    "bros_linear": (
-        *(c_void_p, c_int64, c_int64),  # x, x_stride, m
-        *(c_void_p, c_int64, c_int64, c_void_p),  # packed, n, k, bias
-        *(c_void_p, c_int64, c_int32),  # out, out_stride, epilogue
-    ),
+    "bros_multiply": (
+        c_void_p,
+        c_void_p,
+        c_int64,
+        c_int64,
+        c_void_p,
+        c_void_p,
+    ),  # linear, x, x_stride, m, residual, out
     "bros_rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p),
-    "bros_rotate": (c_void_p, c_int64, c_int64, c_int64, c_int64, c_void_p, c_void_p),
-    "bros_write_kv": (c_void_p, c_int64, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p),
-    "bros_attend": (
-        *(c_void_p, c_void_p, c_int64, c_void_p, c_void_p),  # step, q, q_stride, k, v
-        *(c_int64, c_int64, c_int64, c_float, c_int64, c_void_p),  # heads, key heads, head_dim, scale, window, out
-    ),
+    "bros_attend": (c_void_p,) * 8,  # step, attention, qkv, cos, sin, k, v, out
 }
 
 
@@ -37,15 +35,46 @@ class NativeLibraryError(Exception):
     """The C library was not built, or does not run on this processor."""
 
 
-class Step(ctypes.Structure):
+class CLinear(ctypes.Structure):
+    """`struct bros_linear` of `native/gemm.h`."""
+
+    _fields_ = (
+        ("packed", c_void_p),
+        ("n", c_int64),
+        ("k", c_int64),
+        ("bias", c_void_p),
+        ("norm_weight", c_void_p),
+        ("norm_eps", c_float),
+        ("epilogue", c_int32),
+    )
+
+
+class CStep(ctypes.Structure):
     """`struct bros_step` of `native/attention.h`."""
 
     _fields_ = (
+        ("num_tokens", c_int64),
+        ("slots", c_void_p),
         ("queries", c_void_p),
         ("num_queries", c_int64),
         ("block_table", c_void_p),
         ("table_width", c_int64),
         ("block_size", c_int64),
+    )
+
+
+class CAttention(ctypes.Structure):
+    """`struct bros_attention` of `native/attention.h`."""
+
+    _fields_ = (
+        ("num_heads", c_int64),
+        ("num_kv_heads", c_int64),
+        ("head_dim", c_int64),
+        ("window", c_int64),
+        ("q_norm", c_void_p),
+        ("k_norm", c_void_p),
+        ("norm_eps", c_float),
+        ("scale", c_float),
     )
 
 

@@ -8,25 +8,42 @@ directions store a sequence.
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+#: cos and sin of the new tokens' positions, (T, 1, head_dim) each; sin is negative in the first half.
+Angles: TypeAlias = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AttentionLayer:
+    """What the attention of one layer is like, on this rank."""
+
+    num_heads: int  # query head h reads key head h // (num_heads // num_kv_heads)
+    num_kv_heads: int
+    head_dim: int
+    scale: float  # of the scores
+    window: int | None = None  # a token sees itself and the `window - 1` tokens before it; None: all of them
+    q_norm: Tensor | None = None  # (head_dim): each head's query is RMS-normalised with this; None: it is not
+    k_norm: Tensor | None = None
+    norm_eps: float = 0.0
+
 
 class PagedAttention(Protocol):
-    """One step's attention: what all layers share is computed once, when it is built from an `AttnMeta`."""
+    """The attention of one step: what all layers share is computed once, when it is built from an `AttnMeta`."""
 
-    def write_kv(self, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> None:
-        """Store the new tokens' keys and values, (T, num_kv_heads, head_dim) each, in a layer's region."""
+    def attend(self, layer: AttentionLayer, qkv: Tensor, angles: Angles | None, k: Tensor, v: Tensor) -> Tensor:
+        """Softmax attention of the new tokens to what their sequences hold, themselves included.
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
-        """Softmax attention of the new tokens, whose keys and values are already written.
+        Their queries and keys are normalised and rotated first, their keys and values stored.
 
         Args:
-            q: (T, num_heads, head_dim); query head h reads kv head h // (num_heads // num_kv_heads).
-            k, v: one layer's region.
-            window: a token sees itself and the `window - 1` tokens before it; None: all of them.
+            qkv: (T, (num_heads + 2 * num_kv_heads) * head_dim): query, key and value heads; may be overwritten.
+            angles: pairs (i, i + head_dim / 2) of a head are rotated by these; None: they are not.
+            k, v: the layer's region.
 
         Returns:
-            (T, num_heads, head_dim), contiguous, in the dtype of q.
+            (T, num_heads * head_dim), contiguous, in the dtype of qkv.
         """

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
+from bros_kernels.paged_attention import Angles, AttentionLayer
 from bros_kernels.slots import slots_at
 
 
@@ -29,22 +30,30 @@ class ReferenceAttention:
         self._cu_q = meta.cu_q.tolist()
         self._groups: dict[int | None, list[_Group]] = {}
 
-    def write_kv(self, k: Tensor, v: Tensor, k_new: Tensor, v_new: Tensor) -> None:
-        """See `PagedAttention.write_kv`."""
-        k.flatten(0, 1).index_copy_(0, self._meta.slot_mapping, k_new)
-        v.flatten(0, 1).index_copy_(0, self._meta.slot_mapping, v_new)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None = None) -> Tensor:
+    def attend(self, layer: AttentionLayer, qkv: Tensor, angles: Angles | None, k: Tensor, v: Tensor) -> Tensor:
         """See `PagedAttention.attend`."""
+        heads = qkv.view(len(qkv), -1, layer.head_dim)
+        q, k_new, v_new = heads.split_with_sizes((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), 1)
+        if layer.q_norm is not None:
+            q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, layer.norm_eps)
+        if layer.k_norm is not None:
+            k_new = F.rms_norm(k_new, layer.k_norm.shape, layer.k_norm, layer.norm_eps)
+        if angles is not None:
+            q, k_new = rotate(q, *angles), rotate(k_new, *angles)
+        k, v = k.flatten(0, 1), v.flatten(0, 1)
+        k.index_copy_(0, self._meta.slot_mapping, k_new)
+        v.index_copy_(0, self._meta.slot_mapping, v_new)
+        groups = self._groups_of(layer.window)
+        if len(groups) == 1:
+            return _attend_group(q, k, v, groups[0], layer.scale).flatten(1)
+        return torch.cat([_attend_group(q[group.tokens], k, v, group, layer.scale) for group in groups]).flatten(1)
+
+    def _groups_of(self, window: int | None) -> list[_Group]:
         if window is not None and window >= self._meta.max_k:
             window = None
-        groups = self._groups.get(window)
-        if groups is None:
-            groups = self._groups[window] = self._group(window)
-        k, v = k.flatten(0, 1), v.flatten(0, 1)
-        if len(groups) == 1:
-            return _attend_group(q, k, v, groups[0], scale)
-        return torch.cat([_attend_group(q[group.tokens], k, v, group, scale) for group in groups])
+        if window not in self._groups:
+            self._groups[window] = self._group(window)
+        return self._groups[window]
 
     def _group(self, window: int | None) -> list[_Group]:
         num_decodes, num_sequences = self._meta.n_decode, len(self._seq_lens)
@@ -91,6 +100,11 @@ class ReferenceAttention:
     def _additive_mask(self, is_visible: Tensor) -> Tensor:
         mask = torch.zeros(is_visible.shape, dtype=self._dtype, device=is_visible.device)
         return mask.masked_fill_(~is_visible, -math.inf)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (i, i + head_dim / 2) of x: (T, heads, head_dim) by `Angles`."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
 @dataclass(frozen=True)

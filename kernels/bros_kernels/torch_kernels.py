@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
+from bros_kernels.linear import Activation, Linear, RMSNorm
 from bros_kernels.onednn import packed_linear
 from bros_kernels.paged_attention import PagedAttention
 from bros_kernels.reference_attention import ReferenceAttention
@@ -26,30 +25,33 @@ class TorchKernels:
         """See `Kernels.attention`."""
         return ReferenceAttention(meta, self._dtype)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
         """See `Kernels.linear`."""
+        multiply = None
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
-            packed = packed_linear(weight, bias)
-            if packed is not None:
-                return packed
-        return lambda x: F.linear(x, weight, bias)
+            multiply = packed_linear(weight, bias)
+        if multiply is None:
 
-    def gated_linear(
-        self, weight: Tensor, bias: Tensor | None, activation: Callable[[Tensor], Tensor]
-    ) -> Callable[[Tensor], Tensor]:
+            def multiply(x: Tensor) -> Tensor:
+                return F.linear(x, weight, bias)
+
+        def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            product = multiply(x if norm is None else self.rms_norm(x, norm))
+            return product if residual is None else product.add_(residual)
+
+        return linear
+
+    def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None) -> Linear:
         """See `Kernels.gated_linear`."""
-        gate_up = self.linear(weight, bias)
+        gate_up = self.linear(weight, bias, norm)
 
-        def gated(x: Tensor) -> Tensor:
+        def gated(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            assert residual is None
             gate, up = gate_up(x).chunk(2, -1)
             return activation(gate).mul_(up)
 
         return gated
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """See `Kernels.rms_norm`."""
-        return F.rms_norm(x, weight.shape, weight, eps)
-
-    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """See `Kernels.rotate`."""
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+        return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.kernels import Kernels, select_kernels
+from bros_kernels.paged_attention import AttentionLayer
 from bros_kernels.tails import copy_tails
 
 CPU = torch.device("cpu")
@@ -144,9 +146,11 @@ def run(
         n_decode=num_queries.count(1),
         block_size=case.block_size,
     )
-    attention = kernels.attention(meta)
-    attention.write_kv(k, v, torch.cat(k_new), torch.cat(v_new))
-    return attention.attend(case.queries, k, v, scale, window)
+    qkv = torch.cat([case.queries, torch.cat(k_new), torch.cat(v_new)], 1).flatten(1)
+    layer = AttentionLayer(
+        num_heads=case.queries.shape[1], num_kv_heads=num_kv_heads, head_dim=head_dim, scale=scale, window=window
+    )
+    return kernels.attention(meta).attend(layer, qkv, None, k, v).view(case.queries.shape)
 
 
 def edge_lengths(block_size: int) -> list[tuple[int, int]]:
@@ -198,6 +202,61 @@ def test_scores_that_differ_by_orders_of_magnitude(kind: tuple[Kernels, torch.dt
     kernels, dtype, head_dim = kind
     case = make_case([(200, 1), (90, 90)], head_dim=head_dim, dtype=dtype)
     assert_right(run(kernels, case, "±", scale=40.0), case, scale=40.0)
+
+
+@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("has_angles", [False, True])
+@pytest.mark.parametrize("head_dim", [16, 32, 96])
+@pytest.mark.parametrize("name_and_dtype", [("torch", torch.float32), ("auto", torch.bfloat16)], ids=str)
+def test_queries_and_keys_are_normalised_then_rotated(
+    name_and_dtype: tuple[str, torch.dtype], head_dim: int, has_angles: bool, has_norm: bool
+) -> None:
+    """One sequence of 21 tokens, 3 query heads and 1 key head."""
+    name, dtype = name_and_dtype
+    num_tokens, num_heads = 21, 3
+    heads = torch.randn(num_tokens, num_heads + 2, head_dim).to(dtype)
+    norms = [torch.rand(head_dim).add(0.5).to(dtype) for _ in range(2)]
+    turns = torch.rand(num_tokens, 1, head_dim // 2) * 6
+    cos = torch.cat([turns.cos(), turns.cos()], -1).to(dtype)
+    sin = torch.cat([-turns.sin(), turns.sin()], -1).to(dtype)
+    layer = AttentionLayer(
+        num_heads=num_heads,
+        num_kv_heads=1,
+        head_dim=head_dim,
+        scale=head_dim**-0.5,
+        q_norm=norms[0] if has_norm else None,
+        k_norm=norms[1] if has_norm else None,
+        norm_eps=1e-5,
+    )
+    meta = AttnMeta(
+        block_table=torch.tensor([[1, ~0]], dtype=torch.int32),
+        seq_lens=torch.tensor([num_tokens], dtype=torch.int32),
+        cu_q=torch.tensor([0, num_tokens], dtype=torch.int32),
+        slot_mapping=torch.tensor([*range(16, 32), *range(15, 10, -1)]),
+        max_q=num_tokens,
+        max_k=num_tokens,
+        n_decode=0,
+        block_size=16,
+    )
+    k, v = torch.zeros(2, 16, 1, head_dim, dtype=dtype), torch.zeros(2, 16, 1, head_dim, dtype=dtype)
+    angles = (cos, sin) if has_angles else None
+    found = select(name, dtype).attention(meta).attend(layer, heads.flatten(1).clone(), angles, k, v)
+
+    q, keys, values = heads.double().split([num_heads, 1, 1], 1)
+    if has_norm:
+        q, keys = (F.rms_norm(x, (head_dim,), norm.double(), 1e-5) for x, norm in ((q, norms[0]), (keys, norms[1])))
+    if has_angles:
+        first, second = cos.double().chunk(2, -1)[0], sin.double().chunk(2, -1)[1]
+        q, keys = (
+            torch.cat([low * first - high * second, high * first + low * second], -1)
+            for low, high in (q.chunk(2, -1), keys.chunk(2, -1))
+        )
+    tolerance = 2 * TOLERANCE[dtype]
+    torch.testing.assert_close(k[1, :, 0].double(), keys[:16, 0], rtol=tolerance, atol=tolerance)
+    assert torch.equal(v[0].flip(0)[:5, 0].double(), values[16:, 0])
+    case = Case([(num_tokens, num_tokens)], 16, q, [keys], [values])
+    expected = expected_attention(case, layer.scale).flatten(1)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_nan_of_a_key_or_value_reaches_those_who_see_it_and_nobody_else(

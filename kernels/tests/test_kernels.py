@@ -10,11 +10,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels import native
 from bros_kernels.cpu_kernels import CpuKernels
 from bros_kernels.kernels import Kernels, UnknownKernelsError, select_kernels
+from bros_kernels.linear import Activation, RMSNorm
 from bros_kernels.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
@@ -28,40 +30,66 @@ def kind(request: pytest.FixtureRequest) -> tuple[Kernels, torch.dtype]:
     return select_kernels("torch", CPU, request.param, num_threads=2), request.param
 
 
+def expected_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: RMSNorm | None, residual: Tensor | None = None
+) -> Tensor:
+    """In float64, of the inputs rounded to their dtype where they are normalised."""
+    if norm is not None:
+        x = F.rms_norm(x.double(), norm.weight.shape, norm.weight.double(), norm.eps).to(x.dtype)
+    product = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    return product if residual is None else product + residual.double()
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    tolerance = {torch.float32: 1e-4, torch.float16: 4e-3, torch.bfloat16: 2e-2}[found.dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize(
     ("out_features", "in_features"), [(1, 3), (7, 33), (96, 64), (131, 64), (64, 96), (40, 2), (2048, 130)]
 )
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_product_equals_f_linear(
-    kind: tuple[Kernels, torch.dtype], out_features: int, in_features: int, has_bias: bool
+@pytest.mark.parametrize("has_norm", [False, True])
+def test_product(
+    kind: tuple[Kernels, torch.dtype], out_features: int, in_features: int, has_bias: bool, has_norm: bool
 ) -> None:
     kernels, dtype = kind
     weight = torch.randn(out_features, in_features).to(dtype)
     bias = torch.randn(out_features).to(dtype) if has_bias else None
-    linear = kernels.linear(weight, bias)
+    norm = RMSNorm(torch.rand(in_features).add(0.5).to(dtype), 1e-5) if has_norm else None
+    linear = kernels.linear(weight, bias, norm)
     with torch.inference_mode():
         for num_rows in (1, 2, 5, 12, 13, 16, 33, 97, 200):
             x = torch.randn(num_rows, 2 * in_features).to(dtype)[:, :in_features]  # rows that lie apart
-            torch.testing.assert_close(linear(x), F.linear(x, weight, bias), rtol=1.6e-2, atol=1e-2)
+            residual = torch.randn(num_rows, out_features).to(dtype)
+            before = x.clone(), residual.clone()
+            assert_close(linear(x), expected_product(x, weight, bias, norm))
+            assert_close(linear(x, residual), expected_product(x, weight, bias, norm, residual))
+            assert torch.equal(x, before[0]) and torch.equal(residual, before[1])
 
 
 @pytest.mark.parametrize("activation", [F.silu, F.gelu])
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 96), (1536, 64), (24, 33)])
 @pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("has_norm", [False, True])
 def test_gated_product(
-    kind: tuple[Kernels, torch.dtype], activation, out_features: int, in_features: int, has_bias: bool
+    kind: tuple[Kernels, torch.dtype],
+    activation: Activation,
+    out_features: int,
+    in_features: int,
+    has_bias: bool,
+    has_norm: bool,
 ) -> None:
     kernels, dtype = kind
     weight = torch.randn(2 * out_features, in_features).to(dtype)
     bias = torch.randn(2 * out_features).to(dtype) if has_bias else None
-    gated = kernels.gated_linear(weight, bias, activation)
+    norm = RMSNorm(torch.rand(in_features).add(0.5).to(dtype), 1e-5) if has_norm else None
+    gated = kernels.gated_linear(weight, bias, activation, norm)
     with torch.inference_mode():
         for num_rows in (1, 12, 33):
             x = torch.randn(num_rows, in_features).to(dtype)
-            gate, up = F.linear(x.float(), weight.float(), None if bias is None else bias.float()).chunk(2, -1)
-            expected = activation(gate) * up
-            atol = 2e-2 * float(expected.abs().max())
-            torch.testing.assert_close(gated(x).float(), expected, rtol=2e-2, atol=atol)
+            gate, up = expected_product(x, weight, bias, norm).chunk(2, -1)
+            assert_close(gated(x), activation(gate) * up)
 
 
 @settings(deadline=None, max_examples=40)
@@ -95,30 +123,10 @@ def test_any_number_of_threads_computes_the_same(num_threads: int) -> None:
 @pytest.mark.parametrize("size", [16, 64, 576, 70])
 def test_rms_norm(kind: tuple[Kernels, torch.dtype], size: int) -> None:
     kernels, dtype = kind
-    weight = torch.randn(size).to(dtype)
-    for shape in ((1, size), (33, size), (5, 3, size)):
-        x = (3 * torch.randn(*shape)).to(dtype)
-        expected = F.rms_norm(x.double(), (size,), weight.double(), 1e-5)
-        torch.testing.assert_close(kernels.rms_norm(x, weight, 1e-5).double(), expected, rtol=1e-2, atol=1e-3)
-    heads = torch.randn(5, 4, size).to(dtype)[:, 1:3]  # a part of each row
-    expected = F.rms_norm(heads.double(), (size,), weight.double(), 1e-5)
-    torch.testing.assert_close(kernels.rms_norm(heads, weight, 1e-5).double(), expected, rtol=1e-2, atol=1e-3)
-
-
-@pytest.mark.parametrize("head_dim", [16, 32, 64, 96])
-def test_rotation(kind: tuple[Kernels, torch.dtype], head_dim: int) -> None:
-    kernels, dtype = kind
-    angles = torch.rand(21, 1, head_dim // 2) * 6
-    cos = torch.cat([angles.cos(), angles.cos()], -1).to(dtype)
-    sin = torch.cat([-angles.sin(), angles.sin()], -1).to(dtype)
-    x = torch.randn(21, 5, head_dim).to(dtype)
-    low, high = x.double().chunk(2, -1)
-    first, second = cos.double().chunk(2, -1)[0], sin.double().chunk(2, -1)[1]
-    expected = torch.cat([low * first - high * second, high * first + low * second], -1)
-    untouched = x[:, 3:].clone()
-    rotated = kernels.rotate(x[:, :3], cos, sin)
-    torch.testing.assert_close(rotated.double(), expected[:, :3], rtol=1e-2, atol=2e-2)
-    assert torch.equal(x[:, 3:], untouched)
+    norm = RMSNorm(torch.randn(size).to(dtype), 1e-5)
+    for num_rows in (1, 8, 33):
+        x = (3 * torch.randn(num_rows, 2 * size)).to(dtype)[:, :size]
+        assert_close(kernels.rms_norm(x, norm), F.rms_norm(x.double(), (size,), norm.weight.double(), 1e-5))
 
 
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="weights are not packed here")

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 import bros_shard.worker as worker_module
+from bros_kernels import reference_attention
 from bros_kernels.kernels import UnknownKernelsError
 from bros_kernels.reference_attention import ReferenceAttention
-from bros_kernels.torch_kernels import TorchKernels
 from bros_shard.batch import StepBatch, build_batch
 from bros_shard.host_pool import HostPool
 from bros_shard.kv_cache import KVCache
@@ -234,8 +234,8 @@ def test_ranks_agree_on_what_rank_0_remembers(reference, make_worker, tmp_path, 
 
 
 def _flip_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
-    rotate = TorchKernels.rotate
-    monkeypatch.setattr(TorchKernels, "rotate", lambda self, x, cos, sin: rotate(self, x, cos, -sin))
+    rotate = reference_attention.rotate
+    monkeypatch.setattr(reference_attention, "rotate", lambda x, cos, sin: rotate(x, cos, -sin))
 
 
 def _shift_positions_of_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,12 +256,8 @@ def _skip_copies_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _widen_windows(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = ReferenceAttention.attend
-    monkeypatch.setattr(
-        ReferenceAttention,
-        "attend",
-        lambda self, q, k, v, scale, window=None: attend(self, q, k, v, scale, window and window + 1),
-    )
+    groups_of = ReferenceAttention._groups_of
+    monkeypatch.setattr(ReferenceAttention, "_groups_of", lambda self, window: groups_of(self, window and window + 1))
 
 
 @pytest.mark.parametrize(

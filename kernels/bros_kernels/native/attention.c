@@ -10,14 +10,53 @@ enum { TILE_KEYS = 64, GROUP_KEYS = 16 };
 
 struct attend_job {
     const struct bros_step *step;
-    const uint16_t *q;
-    int64_t q_stride;
-    const uint16_t *k, *v;
-    int64_t num_heads, num_kv_heads, head_dim;
-    float scale_log2e;
-    int64_t window;
+    const struct bros_attention *attention;
+    uint16_t *qkv;
+    int64_t qkv_stride;
+    const uint16_t *cos, *sin;
+    uint16_t *k, *v;
     uint16_t *out;
+    float scale_log2e;
 };
+
+/* New tokens of a tile while they are prepared. */
+enum { TILE_TOKENS = 8 };
+
+/* Turn the pairs (i, i + head_dim / 2) of one head by a position's angles. */
+AVX512_INLINE void rotate(uint16_t *x, int64_t head_dim, const uint16_t *cos, const uint16_t *sin)
+{
+    const int64_t half = head_dim / 2;
+    for (int64_t d = 0; d < half; d += 16) {
+        __m512 low = load_bf16(x + d, 0xffff), high = load_bf16(x + half + d, 0xffff);
+        __m512 new_low = _mm512_mul_ps(low, load_bf16(cos + d, 0xffff));
+        __m512 new_high = _mm512_mul_ps(high, load_bf16(cos + half + d, 0xffff));
+        store_bf16(x + d, _mm512_fmadd_ps(high, load_bf16(sin + d, 0xffff), new_low), 0xffff);
+        store_bf16(x + half + d, _mm512_fmadd_ps(low, load_bf16(sin + half + d, 0xffff), new_high), 0xffff);
+    }
+}
+
+/* Queries and keys as they are attended to; keys and values in their slots. */
+AVX512BF16 static void prepare_tile(const void *argument, int64_t tile)
+{
+    const struct attend_job *job = argument;
+    const struct bros_attention *attention = job->attention;
+    const int64_t num_heads = attention->num_heads, head_dim = attention->head_dim;
+    const int64_t num_rotated = num_heads + attention->num_kv_heads, row = attention->num_kv_heads * head_dim;
+    int64_t stop = (tile + 1) * TILE_TOKENS < job->step->num_tokens ? (tile + 1) * TILE_TOKENS : job->step->num_tokens;
+    for (int64_t token = tile * TILE_TOKENS; token < stop; token++) {
+        uint16_t *x = job->qkv + token * job->qkv_stride;
+        for (int64_t head = 0; head < num_rotated; head++) {
+            const uint16_t *norm = head < num_heads ? attention->q_norm : attention->k_norm;
+            if (norm)
+                normalise(x + head * head_dim, head_dim, norm, attention->norm_eps, x + head * head_dim);
+            if (job->cos)
+                rotate(x + head * head_dim, head_dim, job->cos + token * head_dim, job->sin + token * head_dim);
+        }
+        size_t row_bytes = (size_t)row * sizeof *x;
+        memcpy(job->k + job->step->slots[token] * row, x + num_heads * head_dim, row_bytes);
+        memcpy(job->v + job->step->slots[token] * row, x + num_rotated * head_dim, row_bytes);
+    }
+}
 
 /* What one thread needs for one `bros_queries` and key head. Rows are (token, head of the group). */
 struct scratch {
@@ -66,10 +105,10 @@ struct group {
 
 static struct group locate(const struct attend_job *job, const int32_t *entries, int64_t position, int64_t kv_head)
 {
-    int64_t block_size = job->step->block_size, row = job->num_kv_heads * job->head_dim;
+    int64_t block_size = job->step->block_size, row = job->attention->num_kv_heads * job->attention->head_dim;
     int64_t entry = entries[position / block_size], offset = position & (block_size - 1);
     int64_t slot = entry >= 0 ? entry * block_size + offset : ~entry * block_size + block_size - 1 - offset;
-    return (struct group){slot * row + kv_head * job->head_dim, entry >= 0 ? row : -row};
+    return (struct group){slot * row + kv_head * job->attention->head_dim, entry >= 0 ? row : -row};
 }
 
 /* Fetch what a tile that begins at `start` reads of `region`: at most TILE_KEYS keys, those before `stop`. */
@@ -79,7 +118,7 @@ AVX512_INLINE void prefetch(const struct attend_job *job, const int32_t *entries
     for (int64_t position = start; position < stop && position < start + TILE_KEYS; position += GROUP_KEYS) {
         struct group group = locate(job, entries, position, kv_head);
         for (int i = 0; i < GROUP_KEYS; i++)
-            for (int64_t d = 0; d < job->head_dim; d += 32)
+            for (int64_t d = 0; d < job->attention->head_dim; d += 32)
                 _mm_prefetch(region + group.first + i * group.step + d, _MM_HINT_T1);
     }
 }
@@ -91,8 +130,8 @@ AVX512_INLINE void pack_keys(const struct attend_job *job, const int32_t *entrie
     for (int64_t done = 0; done < count; done += GROUP_KEYS) {
         struct group group = locate(job, entries, start + done, kv_head);
         const uint16_t *k = job->k + group.first;
-        char *panel = (char *)(panels + done / PANEL * PANEL * job->head_dim) + done % PANEL * 4;
-        for (int64_t d = 0; d < job->head_dim; d += 32) {
+        char *panel = (char *)(panels + done / PANEL * PANEL * job->attention->head_dim) + done % PANEL * 4;
+        for (int64_t d = 0; d < job->attention->head_dim; d += 32) {
             __m512i rows[16];
             for (int i = 0; i < 16; i++)
                 rows[i] = _mm512_loadu_si512(k + i * group.step + d);
@@ -113,7 +152,7 @@ AVX512_INLINE void pack_values(const struct attend_job *job, const int32_t *entr
         const uint16_t *v = job->v + group.first;
         int64_t stop = count - done < GROUP_KEYS ? count - done : GROUP_KEYS;
         for (int64_t i = 0; i < stop; i += 2)
-            for (int64_t d = 0; d < job->head_dim; d += PANEL) {
+            for (int64_t d = 0; d < job->attention->head_dim; d += PANEL) {
                 __m512i even = _mm512_loadu_si512(v + i * group.step + d);
                 __m512i odd = i + 1 < stop ? _mm512_loadu_si512(v + (i + 1) * group.step + d) : _mm512_setzero_si512();
                 uint16_t *pair = panels + d * TILE_KEYS + (done + i) * PANEL;
@@ -190,24 +229,25 @@ AVX512_INLINE void accumulate(struct scratch *scratch, int64_t head_dim, int64_t
 AVX512BF16 static void attend_tile(const void *argument, int64_t tile)
 {
     const struct attend_job *job = argument;
-    const struct bros_queries *queries = &job->step->queries[tile / job->num_kv_heads];
+    const struct bros_queries *queries = &job->step->queries[tile / job->attention->num_kv_heads];
     const int32_t *entries = job->step->block_table + queries->sequence * job->step->table_width;
-    const int64_t head_dim = job->head_dim, kv_head = tile % job->num_kv_heads;
-    const int64_t group = job->num_heads / job->num_kv_heads, num_rows = queries->num_tokens * group;
+    const int64_t head_dim = job->attention->head_dim, kv_head = tile % job->attention->num_kv_heads;
+    const int64_t group = job->attention->num_heads / job->attention->num_kv_heads;
+    const int64_t num_rows = queries->num_tokens * group;
     struct scratch scratch;
 
     for (int64_t row = 0; row < num_rows; row++) {
         int64_t token = queries->first_token + row / group, head = kv_head * group + row % group;
-        memcpy(scratch.q + row * head_dim, job->q + token * job->q_stride + head * head_dim,
-               (size_t)head_dim * sizeof *job->q);
+        memcpy(scratch.q + row * head_dim, job->qkv + token * job->qkv_stride + head * head_dim,
+               (size_t)head_dim * sizeof *job->qkv);
         scratch.maxima[row] = -INFINITY;
     }
     memset(scratch.totals, 0, (size_t)num_rows * sizeof scratch.totals[0]);
     memset(scratch.sums, 0, (size_t)(num_rows * head_dim) * sizeof scratch.sums[0]);
 
     int64_t stop = queries->first_position + queries->num_tokens, start = 0;
-    if (job->window && queries->first_position + 1 > job->window)
-        start = (queries->first_position + 1 - job->window) / TILE_KEYS * TILE_KEYS;
+    if (job->attention->window && queries->first_position + 1 > job->attention->window)
+        start = (queries->first_position + 1 - job->attention->window) / TILE_KEYS * TILE_KEYS;
     for (; start < stop; start += TILE_KEYS) {
         int64_t num_keys = stop - start < TILE_KEYS ? stop - start : TILE_KEYS;
         prefetch(job, entries, start + TILE_KEYS, stop, kv_head, job->k);
@@ -221,7 +261,7 @@ AVX512BF16 static void attend_tile(const void *argument, int64_t tile)
             }
         for (int64_t row = 0; row < num_rows; row++) {
             int64_t position = queries->first_position + row / group;
-            int64_t first = job->window ? position + 1 - job->window - start : 0;
+            int64_t first = job->attention->window ? position + 1 - job->attention->window - start : 0;
             weigh(&scratch, row, first, position + 1 - start, job->scale_log2e);
         }
         for (int64_t d = 0; d < head_dim; d += PANEL)
@@ -233,48 +273,20 @@ AVX512BF16 static void attend_tile(const void *argument, int64_t tile)
 
     for (int64_t row = 0; row < num_rows; row++) {
         int64_t token = queries->first_token + row / group, head = kv_head * group + row % group;
-        uint16_t *out = job->out + (token * job->num_heads + head) * head_dim;
+        uint16_t *out = job->out + (token * job->attention->num_heads + head) * head_dim;
         __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(scratch.totals[row])));
         for (int64_t d = 0; d < head_dim; d += 16)
             store_bf16(out + d, _mm512_mul_ps(_mm512_load_ps(scratch.sums + row * head_dim + d), inverse), 0xffff);
     }
 }
 
-void bros_attend(const struct bros_step *step, const uint16_t *q, int64_t q_stride, const uint16_t *k,
-                 const uint16_t *v, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float scale,
-                 int64_t window, uint16_t *out)
+void bros_attend(const struct bros_step *step, const struct bros_attention *attention, uint16_t *qkv,
+                 const uint16_t *cos, const uint16_t *sin, uint16_t *k, uint16_t *v, uint16_t *out)
 {
-    struct attend_job job = {.step = step, .q = q, .q_stride = q_stride, .k = k, .v = v, .num_heads = num_heads,
-                             .num_kv_heads = num_kv_heads, .head_dim = head_dim,
-                             .scale_log2e = scale * 1.44269504f, .window = window, .out = out};
+    const int64_t num_heads = attention->num_heads, num_kv_heads = attention->num_kv_heads;
+    struct attend_job job = {.step = step, .attention = attention, .qkv = qkv,
+                             .qkv_stride = (num_heads + 2 * num_kv_heads) * attention->head_dim, .cos = cos,
+                             .sin = sin, .k = k, .v = v, .out = out, .scale_log2e = attention->scale * 1.44269504f};
+    bros_run(prepare_tile, &job, (step->num_tokens + TILE_TOKENS - 1) / TILE_TOKENS);
     bros_run(attend_tile, &job, step->num_queries * num_kv_heads);
-}
-
-/* Tokens of a tile where a token takes little work. */
-enum { TILE_TOKENS = 16 };
-
-struct write_job {
-    const uint16_t *k_new;
-    int64_t k_stride;
-    const uint16_t *v_new;
-    int64_t v_stride, num_tokens, row_size;
-    const int64_t *slots;
-    uint16_t *k, *v;
-};
-
-static void write_tile(const void *argument, int64_t tile)
-{
-    const struct write_job *job = argument;
-    size_t num_bytes = (size_t)job->row_size * sizeof *job->k;
-    for (int64_t token = tile * TILE_TOKENS; token < job->num_tokens && token < (tile + 1) * TILE_TOKENS; token++) {
-        memcpy(job->k + job->slots[token] * job->row_size, job->k_new + token * job->k_stride, num_bytes);
-        memcpy(job->v + job->slots[token] * job->row_size, job->v_new + token * job->v_stride, num_bytes);
-    }
-}
-
-void bros_write_kv(const uint16_t *k_new, int64_t k_stride, const uint16_t *v_new, int64_t v_stride,
-                   int64_t num_tokens, int64_t row_size, const int64_t *slots, uint16_t *k, uint16_t *v)
-{
-    struct write_job job = {k_new, k_stride, v_new, v_stride, num_tokens, row_size, slots, k, v};
-    bros_run(write_tile, &job, (num_tokens + TILE_TOKENS - 1) / TILE_TOKENS);
 }

@@ -17,13 +17,15 @@
 /* Query tokens that are computed together: some of one sequence. */
 struct bros_queries {
     int32_t sequence;
-    int32_t first_token; /* row of q */
+    int32_t first_token; /* row of qkv */
     int32_t num_tokens;
     int32_t first_position; /* logical position of the first one */
 };
 
 /* What all layers of one step share. */
 struct bros_step {
+    int64_t num_tokens;
+    const int64_t *slots; /* of each token */
     const struct bros_queries *queries;
     int64_t num_queries;
     const int32_t *block_table; /* (sequences, table_width) */
@@ -34,16 +36,21 @@ struct bros_step {
 /* Most query rows (tokens x heads that share a key head) in one `bros_queries`, and most numbers of a head. */
 enum { BROS_MAX_QUERY_ROWS = 48, BROS_MAX_HEAD_DIM = 256 };
 
-/* out[t, h] = softmax(scale * q[t, h] . k) v, over the keys up to the token's own position, the last `window` of them
- * where window > 0. q: (tokens, num_heads, head_dim), tokens q_stride numbers apart; out likewise, contiguous. head_dim is a
- * multiple of 32; query head h reads key head h / (num_heads / num_kv_heads). */
-BROS_EXPORT void bros_attend(const struct bros_step *step, const uint16_t *q, int64_t q_stride, const uint16_t *k,
-                             const uint16_t *v, int64_t num_heads, int64_t num_kv_heads, int64_t head_dim, float scale,
-                             int64_t window, uint16_t *out);
+/* What one layer's attention is like. */
+struct bros_attention {
+    int64_t num_heads, num_kv_heads; /* query head h reads key head h / (num_heads / num_kv_heads) */
+    int64_t head_dim;                /* a multiple of 32 */
+    int64_t window;                  /* a token sees so many tokens up to itself; 0: all of them */
+    const uint16_t *q_norm, *k_norm; /* (head_dim): heads are RMS-normalised with these; or NULL */
+    float norm_eps;
+    float scale;
+};
 
-/* Store keys and values of new tokens, (num_tokens, row_size) each, tokens k_stride and v_stride numbers apart, in their
- * slots. */
-BROS_EXPORT void bros_write_kv(const uint16_t *k_new, int64_t k_stride, const uint16_t *v_new, int64_t v_stride,
-                               int64_t num_tokens, int64_t row_size, const int64_t *slots, uint16_t *k, uint16_t *v);
+/* Attention of a step's new tokens: normalise and rotate their queries and keys, store keys and values, attend.
+ *
+ * qkv: (num_tokens, num_heads + 2 * num_kv_heads, head_dim), overwritten; cos and sin: (num_tokens, head_dim), sin
+ * negative in the first half, or both NULL; k, v: the layer's region; out: (num_tokens, num_heads, head_dim). */
+BROS_EXPORT void bros_attend(const struct bros_step *step, const struct bros_attention *attention, uint16_t *qkv,
+                             const uint16_t *cos, const uint16_t *sin, uint16_t *k, uint16_t *v, uint16_t *out);
 
 #endif

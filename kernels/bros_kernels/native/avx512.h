@@ -34,8 +34,8 @@ AVX512_INLINE void store_bf16(uint16_t *at, __m512 x, __mmask16 lanes)
     _mm256_mask_storeu_epi16(at, lanes, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
-/* 2 ** x, to 2 units in the last place for -126 <= x <= 127; 0 below, NaN of NaN. The polynomial is the minimax one of degree 5 on
- * [-1/2, 1/2] of the Cephes library's exp2f. */
+/* 2 ** x, to 2 units in the last place for -126 <= x <= 127; 0 below, NaN of NaN. The polynomial is the minimax one of
+ * degree 6 on [-1/2, 1/2] of the Cephes library's exp2f. */
 AVX512_INLINE __m512 exp2_ps(__m512 x)
 {
     __mmask16 is_normal = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
@@ -56,6 +56,23 @@ AVX512_INLINE __m512 silu(__m512 x)
 {
     __m512 minus_x_log2e = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)), _mm512_set1_ps(126.0f));
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2_ps(minus_x_log2e)));
+}
+
+/* out = x / rms(x) * weight, of `size` numbers; out may be x. */
+AVX512_INLINE void normalise(const uint16_t *x, int64_t size, const uint16_t *weight, float eps, uint16_t *out)
+{
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < size; i += 16) {
+        __m512 part = load_bf16(x + i, lanes_below(size - i));
+        squares = _mm512_fmadd_ps(part, part, squares);
+    }
+    float mean = _mm512_reduce_add_ps(squares) / (float)size;
+    __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean + eps));
+    for (int64_t i = 0; i < size; i += 16) {
+        __mmask16 lanes = lanes_below(size - i);
+        __m512 scaled = _mm512_mul_ps(load_bf16(x + i, lanes), factor);
+        store_bf16(out + i, _mm512_mul_ps(scaled, load_bf16(weight + i, lanes)), lanes);
+    }
 }
 
 /* The register tile of all products: up to 12 rows times a panel of 32 columns. 12 x 2 sums, 2 loads and a broadcast

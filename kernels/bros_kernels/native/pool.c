@@ -17,8 +17,8 @@
 enum { SPINS_BEFORE_YIELD = 100, YIELDS_BEFORE_SLEEP = 200 };
 
 /* All that decides a claim, in one word: the number of tiles, and below it the next one. Adding one claims a tile;
- * whether there was one follows from the same word, so a thread that comes late cannot mistake a job for the next. While
- * a claimed tile is not done, its job is not over and `job` does not change. */
+ * whether there was one follows from the same word, so a thread that comes late cannot mistake a job for the next.
+ * While a claimed tile is not done, its job is not over and `job` does not change. */
 static _Atomic uint64_t claims;
 static struct {
     bros_tile_fn fn;
@@ -127,6 +127,20 @@ int bros_set_num_threads(int wanted)
         num_threads++;
     }
     return 0;
+}
+
+void *bros_scratch(size_t num_bytes)
+{
+    static void *scratch;
+    static size_t size;
+    if (num_bytes > size) {
+        free(scratch);
+        size = (num_bytes + 63) / 64 * 64;
+        scratch = aligned_alloc(64, size);
+        if (!scratch)
+            abort();
+    }
+    return scratch;
 }
 
 void bros_run(bros_tile_fn fn, const void *argument, int64_t num_tiles)

@@ -172,7 +172,7 @@ class Scheduler:
         ranks until the next plan, for the running step may still hold it. One interruption at a time, and none once the
         next step was sent: that is about to begin.
         """
-        if not self._limits.can_interrupt or len(self._in_flight) != 1 or self._interruption is not None:
+        if not self._policy.can_interrupt or len(self._in_flight) != 1 or self._interruption is not None:
             return None
         running = self._in_flight[0]
         draft = self._draft(now_s, now_s)

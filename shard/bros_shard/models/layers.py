@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bros_kernels.kernels import Activation, Linear
-from bros_kernels.paged_attention import PagedAttention
+from bros_kernels.linear import Activation, Linear, RMSNorm
+from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
 from bros_shard.models.model import LayerKV
 from bros_shard.parallel import ParallelGroup
@@ -59,24 +59,18 @@ def row_parallel(weights: RankWeights, name: str, out_features: int, in_features
     """A projection split by input features over the ranks, whose results are summed."""
     weight = weights.columns(f"{name}.weight", (out_features, in_features))
     bias = weights.whole(f"{name}.bias", (out_features,)) if has_bias else None
-    # One rank adds the bias, so that the sum holds it once.
-    linear = weights.kernels.linear(weight, bias if weights.parallel.rank == 0 else None)
     if weights.parallel.world_size == 1:
-        return linear
+        return weights.kernels.linear(weight, bias)
+    # One rank adds the bias and the residual, so that the sum holds them once.
+    is_first = weights.parallel.rank == 0
+    linear = weights.kernels.linear(weight, bias if is_first else None)
     all_reduce = weights.parallel.all_reduce
-    return lambda x: all_reduce(linear(x))
+    return lambda x, residual=None: all_reduce(linear(x, residual if is_first else None))
 
 
-class RMSNorm:
-    """x / rms(x) * weight, over the last dimension."""
-
-    def __init__(self, weights: RankWeights, name: str, size: int, eps: float) -> None:
-        self._kernels = weights.kernels
-        self._weight = weights.whole(f"{name}.weight", (size,))
-        self._eps = eps
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._kernels.rms_norm(x, self._weight, self._eps)
+def rms_norm(weights: RankWeights, name: str, size: int, eps: float) -> RMSNorm:
+    """The normalisation whose weight the checkpoint calls `name`."""
+    return RMSNorm(weights.whole(f"{name}.weight", (size,)), eps)
 
 
 class LayerNorm:
@@ -137,17 +131,13 @@ class Attention:
         has_qkv_bias: bool,
         has_output_bias: bool,
         output_name: str = "o_proj",
+        norm: RMSNorm | None = None,
         qk_norm_eps: float | None = None,
         window: int | None = None,
     ) -> None:
-        """`qk_norm_eps`: queries and keys of each head are RMS-normalised, unless None."""
+        """`norm`: of the inputs. `qk_norm_eps`: queries and keys of each head are RMS-normalised, unless None."""
         world_size = weights.parallel.world_size
         kv_parts = min(num_kv_heads, world_size)
-        self._num_heads = num_heads // world_size
-        self._num_kv_heads = num_kv_heads // kv_parts
-        self._head_dim = head_dim
-        self._scale = head_dim**-0.5
-        self._window = window
         shapes = {
             "q_proj": (num_heads * head_dim, world_size),
             "k_proj": (num_kv_heads * head_dim, kv_parts),
@@ -162,37 +152,35 @@ class Attention:
             bias = torch.cat(
                 [weights.rows(f"{prefix}.{name}.bias", (rows,), parts) for name, (rows, parts) in shapes.items()]
             )
-        self._kernels = weights.kernels
-        self._qkv = weights.kernels.linear(torch.cat(weight), bias)
+        has_qk_norm = qk_norm_eps is not None
+        self._layer = AttentionLayer(
+            num_heads=num_heads // world_size,
+            num_kv_heads=num_kv_heads // kv_parts,
+            head_dim=head_dim,
+            scale=head_dim**-0.5,
+            window=window,
+            q_norm=weights.whole(f"{prefix}.q_norm.weight", (head_dim,)) if has_qk_norm else None,
+            k_norm=weights.whole(f"{prefix}.k_norm.weight", (head_dim,)) if has_qk_norm else None,
+            norm_eps=qk_norm_eps or 0.0,
+        )
+        self._qkv = weights.kernels.linear(torch.cat(weight), bias, norm)
         self._output = row_parallel(
             weights, f"{prefix}.{output_name}", hidden_size, num_heads * head_dim, has_output_bias
         )
-        self._q_norm = self._k_norm = None
-        if qk_norm_eps is not None:
-            self._q_norm = RMSNorm(weights, f"{prefix}.q_norm", head_dim, qk_norm_eps)
-            self._k_norm = RMSNorm(weights, f"{prefix}.k_norm", head_dim, qk_norm_eps)
 
     def __call__(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, kv: LayerKV, attention: PagedAttention
+        self, x: Tensor, residual: Tensor, angles: Angles | None, kv: LayerKV, attention: PagedAttention
     ) -> Tensor:
-        """`angles`: `Rotary.angles` of the tokens' positions, None for a model without rotation."""
-        num_heads, num_kv_heads = self._num_heads, self._num_kv_heads
-        qkv = self._qkv(x).view(len(x), num_heads + 2 * num_kv_heads, self._head_dim)
-        q, k, v = qkv.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 1)
-        if self._q_norm is not None and self._k_norm is not None:
-            q, k = self._q_norm(q), self._k_norm(k)
-            if angles is not None:
-                q, k = self._kernels.rotate(q, *angles), self._kernels.rotate(k, *angles)
-        elif angles is not None:
-            rotated = self._kernels.rotate(qkv[:, : num_heads + num_kv_heads], *angles)
-            q, k = rotated[:, :num_heads], rotated[:, num_heads:]
-        attention.write_kv(*kv, k, v)
-        attended = attention.attend(q, *kv, self._scale, self._window)
-        return self._output(attended.view(len(x), -1))
+        """Returns the sum of what was attended to and `residual`.
+
+        Args:
+            angles: `Rotary.angles` of the tokens' positions, None for a model without rotation.
+        """
+        return self._output(attention.attend(self._layer, self._qkv(x), angles, *kv), residual)
 
 
 class GatedMLP:
-    """down(activation(gate(x)) * up(x))."""
+    """down(activation(gate(norm(x))) * up(norm(x))) + residual."""
 
     def __init__(
         self,
@@ -202,18 +190,19 @@ class GatedMLP:
         inner_size: int,
         activation: Activation,
         has_bias: bool,
+        norm: RMSNorm | None = None,
     ) -> None:
         names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
         weight, bias = _column_parallel(weights, names, inner_size, hidden_size, has_bias)
-        self._gated = weights.kernels.gated_linear(weight, bias, activation)
+        self._gated = weights.kernels.gated_linear(weight, bias, activation, norm)
         self._down = row_parallel(weights, f"{prefix}.down_proj", hidden_size, inner_size, has_bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._down(self._gated(x))
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._down(self._gated(x), residual)
 
 
 class MLP:
-    """out(activation(in(x)))."""
+    """out(activation(in(x))) + residual."""
 
     def __init__(
         self,
@@ -228,8 +217,8 @@ class MLP:
         self._out = row_parallel(weights, names[1], hidden_size, inner_size, has_bias)
         self._activation = activation
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return self._out(self._activation(self._in(x)))
+    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self._out(self._activation(self._in(x)), residual)
 
 
 def check_divisible(parallel: ParallelGroup, num_heads: int, num_kv_heads: int, inner_size: int) -> None:

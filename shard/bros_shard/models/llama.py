@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from bros_kernels.kernels import Activation
-from bros_kernels.paged_attention import PagedAttention
+from bros_kernels.linear import Activation
+from bros_kernels.paged_attention import Angles, PagedAttention
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.layers import (
     Attention,
     GatedMLP,
-    RMSNorm,
     Vocabulary,
     check_divisible,
     read_activation,
+    rms_norm,
 )
 from bros_shard.models.model import KVShape, LayerKV, ModelLimits
 from bros_shard.models.rotary import RopeFrequencies, Rotary, read_rope
@@ -103,7 +103,8 @@ class Llama:
         )
         self._rotary = Rotary(config.rope, weights.device, weights.dtype)
         self._layers = [LlamaLayer(config, weights, index) for index in range(config.num_layers)]
-        self._norm = RMSNorm(weights, "model.norm", config.hidden_size, config.norm_eps)
+        self._norm = rms_norm(weights, "model.norm", config.hidden_size, config.norm_eps)
+        self._kernels = weights.kernels
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: Iterable[LayerKV], attention: PagedAttention) -> Tensor:
         """See `CausalLM.forward`."""
@@ -115,7 +116,7 @@ class Llama:
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """See `CausalLM.logits`."""
-        return self._vocabulary.logits(self._norm(hidden))
+        return self._vocabulary.logits(self._kernels.rms_norm(hidden, self._norm))
 
 
 class LlamaLayer:
@@ -123,7 +124,6 @@ class LlamaLayer:
 
     def __init__(self, config: LlamaConfig, weights: RankWeights, index: int) -> None:
         prefix = f"model.layers.{index}"
-        self._attention_norm = RMSNorm(weights, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps)
         self._attention = Attention(
             weights,
             f"{prefix}.self_attn",
@@ -133,14 +133,20 @@ class LlamaLayer:
             head_dim=config.head_dim,
             has_qkv_bias=config.has_qkv_bias,
             has_output_bias=config.has_output_bias,
+            norm=rms_norm(weights, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps),
             qk_norm_eps=config.norm_eps if config.has_qk_norm else None,
             window=config.windows[index] if config.windows else None,
         )
-        self._mlp_norm = RMSNorm(weights, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps)
         self._mlp = GatedMLP(
-            weights, f"{prefix}.mlp", config.hidden_size, config.inner_size, config.activation, config.has_mlp_bias
+            weights,
+            f"{prefix}.mlp",
+            config.hidden_size,
+            config.inner_size,
+            config.activation,
+            config.has_mlp_bias,
+            norm=rms_norm(weights, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps),
         )
 
-    def __call__(self, hidden: Tensor, angles: tuple[Tensor, Tensor], kv: LayerKV, attention: PagedAttention) -> Tensor:
-        hidden = self._attention(self._attention_norm(hidden), angles, kv, attention).add_(hidden)
-        return self._mlp(self._mlp_norm(hidden)).add_(hidden)
+    def __call__(self, hidden: Tensor, angles: Angles, kv: LayerKV, attention: PagedAttention) -> Tensor:
+        hidden = self._attention(hidden, hidden, angles, kv, attention)
+        return self._mlp(hidden, hidden)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-from bros_kernels.kernels import Activation, Linear
+from bros_kernels.linear import Activation, Linear
 from bros_kernels.paged_attention import PagedAttention
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
 from bros_shard.models.layers import (
@@ -160,7 +160,7 @@ class OPTLayer:
 
     def __call__(self, hidden: Tensor, kv: LayerKV, attention: PagedAttention) -> Tensor:
         if self._is_norm_first:
-            hidden = hidden + self._attention(self._attention_norm(hidden), None, kv, attention)
-            return hidden + self._mlp(self._mlp_norm(hidden))
-        hidden = self._attention_norm(hidden + self._attention(hidden, None, kv, attention))
-        return self._mlp_norm(hidden + self._mlp(hidden))
+            hidden = self._attention(self._attention_norm(hidden), hidden, None, kv, attention)
+            return self._mlp(self._mlp_norm(hidden), hidden)
+        hidden = self._attention_norm(self._attention(hidden, hidden, None, kv, attention))
+        return self._mlp_norm(self._mlp(hidden, hidden))

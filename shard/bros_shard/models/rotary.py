@@ -139,7 +139,7 @@ class Rotary:
         self._dtype = dtype
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of the positions, (T, 1, head_dim) each: what `Kernels.rotate` takes, once per step."""
+        """cos and signed sin of the positions, (T, 1, head_dim) each: `Angles`, once per step."""
         angles = positions[:, None, None] * self._inverse
         cos, sin = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
         return torch.cat([cos, cos], -1).to(self._dtype), torch.cat([-sin, sin], -1).to(self._dtype)

@@ -105,8 +105,8 @@ class BrosPolicy:
         self._late_waiting = WaitingQueue(by_arrival)
         self._chunking = Chunking(options.chunks)
         self._attainment = RecentAttainment()
-        self._interrupts = options.interrupts and limits.can_interrupt
-        self._step_limit = StepLimit(can_interrupt=self._interrupts)
+        self.can_interrupt = options.interrupts and limits.can_interrupt
+        self._step_limit = StepLimit(can_interrupt=self.can_interrupt)
         self._num_starved_steps = 0
         floor = Floor(self._attainment, options.be_max_wait_s, is_hard=options.is_floor_hard)
         self._best_effort = BestEffort(self._chunking, floor)
@@ -195,7 +195,7 @@ class BrosPolicy:
     def interrupt(self, draft: StepDraft, next_s: float) -> None:
         """The real-time prompts that cannot wait for the next step, whole, as long as all of them are in time."""
         end_s = math.inf
-        while self._interrupts and (sequence := self._next_prompt(draft, deque(), takes_new=True)) is not None:
+        while (sequence := self._next_prompt(draft, deque(), takes_new=True)) is not None:
             if sequence.is_on_ranks or self._rt_waiting.latest_start_s(sequence) >= next_s:
                 return
             if len(draft.running) >= self.cap.value:
@@ -327,7 +327,7 @@ class BrosPolicy:
     def _is_patient(self, draft: StepDraft, sequence: Sequence) -> bool:
         """Whether a prompt has much more time than it needs, so that it may wait a little for those to come.
         Where they can interrupt it, it need not."""
-        if self._interrupts:
+        if self.can_interrupt:
             return False
         alone_s = self._rt_waiting.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
         return due_s(sequence) - alone_s - draft.start_s > _PATIENT_SLACK * alone_s

@@ -19,6 +19,8 @@ class OrderedPolicy:
     and waits again. A step that preempts admits nobody.
     """
 
+    can_interrupt = False
+
     def __init__(self, key: SortKey, *, is_sorted: bool = True) -> None:
         """`is_sorted`: running sequences go in the order of `key` as well, not in that of their admission."""
         self._key = key

@@ -16,6 +16,11 @@ class Policy(Protocol):
     """
 
     @property
+    def can_interrupt(self) -> bool:
+        """Whether `interrupt` ever fills a step."""
+        ...
+
+    @property
     def num_waiting(self) -> int:
         """Sequences that wait."""
         ...

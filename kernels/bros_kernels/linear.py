@@ -1,0 +1,35 @@
+"""Products with weights that never change, and what is done to their inputs and results in the same breath."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+from torch import Tensor
+
+#: A function of each number.
+Activation: TypeAlias = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class RMSNorm:
+    """The function x / rms(x) * weight, over the last dimension."""
+
+    weight: Tensor  # (size)
+    eps: float
+
+
+class Linear(Protocol):
+    """The function norm(x) @ weight.T + bias + residual."""
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """Compute it.
+
+        Args:
+            x: (rows, in_features), the numbers of a row side by side.
+            residual: (rows, out_features), contiguous; None: nothing is added.
+
+        Returns:
+            (rows, out_features), contiguous; new.
+        """
