@@ -413,6 +413,14 @@ def test_prompt_that_cannot_wait_is_run_in_the_middle_of_a_step():
     assert chat.output_token_ids == expected_output(chat)[0]
 
 
+def test_prompt_that_would_have_little_time_left_after_waiting_does_not_wait():
+    """The running step is predicted to end at 250 ms, and might be slower; alone the prompt takes 42 ms."""
+    bench = Bench(can_interrupt=True)
+    begin_step(bench)
+    chat = bench.add(RT, 32, ttft_s=0.5)
+    assert shapes(bench.scheduler.interrupt(bench.now_s)) == [(chat.sequence_id, 0, 32)]
+
+
 @pytest.mark.parametrize(
     ("num_prompt_tokens", "ttft_s", "why"),
     [

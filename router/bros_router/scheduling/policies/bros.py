@@ -38,6 +38,9 @@ _GUARD: Final = 0.05
 #: it one time in twenty, since that is what its predicted end is worth, and when it starts is uncertain too; filling it
 #: less costs nothing, for few steps hold such a prompt.
 _FIRST_TOKEN_GUARD: Final = 0.3
+#: A prompt may wait for the end of the running step if so much of the time to its deadline would be left besides: the step
+#: may be slower than predicted, the next one holds others, and an interruption costs no more than what every step does.
+_WAITING_GUARD: Final = 0.5
 #: Steps without a chunk after which a small one of a real-time prompt is computed whatever the decodes say.
 _MOST_STARVED_STEPS: Final = 4
 #: Best-effort work may make a step of real-time decodes this many times as long, however little memory it has: with
@@ -196,7 +199,8 @@ class BrosPolicy:
         """The real-time prompts that cannot wait for the next step, whole, as long as all of them are in time."""
         end_s = math.inf
         while (sequence := self._next_prompt(draft, deque(), takes_new=True)) is not None:
-            if sequence.is_on_ranks or self._rt_waiting.latest_start_s(sequence) >= next_s:
+            spare_s = _WAITING_GUARD * (due_s(sequence) - draft.now_s)
+            if sequence.is_on_ranks or self._rt_waiting.latest_start_s(sequence) - spare_s >= next_s:
                 return
             if len(draft.running) >= self.cap.value:
                 return  # the next step would have no place for it
