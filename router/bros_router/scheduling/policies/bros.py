@@ -38,8 +38,8 @@ _GUARD: Final = 0.05
 #: it one time in twenty, since that is what its predicted end is worth, and when it starts is uncertain too; filling it
 #: less costs nothing, for few steps hold such a prompt.
 _FIRST_TOKEN_GUARD: Final = 0.3
-#: A prompt may wait for the end of the running step if so much of the time to its deadline would be left besides: the step
-#: may be slower than predicted, the next one holds others, and an interruption costs no more than what every step does.
+#: A prompt may wait for the end of the running step if so much of the time to its deadline would be left besides: the
+#: step may be slower than predicted, the next one holds others, and an interruption costs what every step does.
 _WAITING_GUARD: Final = 0.5
 #: Steps without a chunk after which a small one of a real-time prompt is computed whatever the decodes say.
 _MOST_STARVED_STEPS: Final = 4
