@@ -36,7 +36,7 @@ class NativeBuildHook(BuildHookInterface):
             return
         sources = sorted(str(path) for path in (PACKAGE / "native").glob("*.c"))
         built = subprocess.run(
-            [*compiler, *FLAGS.split(), "-o", str(LIBRARY), *sources], capture_output=True, text=True
+            [*compiler, *FLAGS.split(), "-o", str(LIBRARY), *sources, "-lm"], capture_output=True, text=True
         )
         if built.returncode:
             self.app.display_warning(f"bros: the C kernels were not built:\n{built.stderr}")

@@ -63,6 +63,18 @@ class CpuKernels:
         )
         return out
 
+    def most_likely(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels.most_likely`."""
+        if logits.dtype != torch.bfloat16:
+            return self._torch.most_likely(logits)
+        num_rows, vocab_size = logits.shape
+        token_ids = torch.empty(num_rows, dtype=torch.int64)
+        logprobs = torch.empty(num_rows, dtype=torch.float32)
+        self._library.bros_most_likely(
+            *(logits.data_ptr(), logits.stride(0), num_rows, vocab_size, token_ids.data_ptr(), logprobs.data_ptr())
+        )
+        return token_ids, logprobs
+
 
 class _PackedLinear:
     """Implements `Linear`, with an activation of the result in the same call."""

@@ -50,6 +50,16 @@ class Kernels(Protocol):
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x / rms(x) * norm.weight, of (rows, size). Contiguous."""
 
+    def most_likely(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The first of the largest logits of each row, and its log-softmax.
+
+        Args:
+            logits: (rows, vocab_size), of this dtype or float32.
+
+        Returns:
+            int64 (rows), always in range; float32 (rows), not finite where a row holds NaN or +inf, or only -inf.
+        """
+
 
 class UnknownKernelsError(Exception):
     """No kernels have this name, or they do not run here."""

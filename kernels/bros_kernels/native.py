@@ -27,6 +27,7 @@ _FUNCTIONS: Final = {
         c_void_p,
     ),  # linear, x, x_stride, m, residual, out
     "bros_rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p),
+    "bros_most_likely": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
     "bros_attend": (c_void_p,) * 8,  # step, attention, qkv, cos, sin, k, v, out
 }
 

@@ -55,3 +55,10 @@ class TorchKernels:
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """See `Kernels.rms_norm`."""
         return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)
+
+    def most_likely(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Kernels.most_likely`."""
+        token_ids = logits.argmax(-1)
+        # NaN or +inf anywhere, or -inf everywhere, makes the whole row NaN.
+        logprobs = logits.log_softmax(-1, dtype=torch.float32).gather(1, token_ids[:, None])[:, 0]
+        return token_ids, logprobs

@@ -129,6 +129,35 @@ def test_rms_norm(kind: tuple[Kernels, torch.dtype], size: int) -> None:
         assert_close(kernels.rms_norm(x, norm), F.rms_norm(x.double(), (size,), norm.weight.double(), 1e-5))
 
 
+@pytest.mark.parametrize("vocab_size", [1, 5, 16, 131, 49_152])
+def test_most_likely(kind: tuple[Kernels, torch.dtype], vocab_size: int) -> None:
+    kernels, dtype = kind
+    logits = (4 * torch.randn(9, vocab_size + 7)).to(dtype)[
+        :, :vocab_size
+    ]  # rows that lie apart, with ties in bfloat16
+    logits[1] = -3.0
+    logits[2, vocab_size // 2 :] = -torch.inf
+    logits[2, 0] = 1.0
+    token_ids, logprobs = kernels.most_likely(logits)
+    expected = logits.double().log_softmax(-1)
+    first_best = [row.tolist().index(max(row.tolist())) for row in logits]
+    assert token_ids.tolist() == first_best
+    best = expected.gather(1, token_ids[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), best, rtol=2e-5, atol=2e-5)
+
+
+def test_logprob_of_a_useless_row_is_not_finite(kind: tuple[Kernels, torch.dtype]) -> None:
+    kernels, dtype = kind
+    logits = torch.randn(5, 70).to(dtype)
+    logits[0, 69] = torch.nan
+    logits[1, 3] = torch.inf
+    logits[2] = -torch.inf
+    logits[3] = torch.nan
+    token_ids, logprobs = kernels.most_likely(logits)
+    assert logprobs.isfinite().tolist() == [False, False, False, False, True]
+    assert all(0 <= token_id < 70 for token_id in token_ids.tolist())
+
+
 @pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="weights are not packed here")
 @pytest.mark.parametrize("name", ["torch", "auto"])
 def test_packed_weight_is_the_only_copy(name: str) -> None:

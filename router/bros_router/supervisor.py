@@ -18,6 +18,8 @@ from bros_shard.options import ShardOptions
 #: A step's temporaries are megabytes, and glibc would unmap them each time: the page faults cost 5 % of a decode step
 #: of 32 sequences (docs/performance.md).
 _KEPT_HEAP_BYTES: Final = str(1 << 30)
+#: Asks for huge pages where the system gives them to those who ask.
+_HUGE_PAGES: Final = "glibc.malloc.hugetlb=1"
 _READ_BYTES: Final = 65536
 #: Longer lines are cut: a rank must not fill the launcher's memory.
 _MAX_LINE_BYTES: Final = 16384
@@ -125,12 +127,13 @@ def rank_environment(options: ShardOptions, num_cores: int) -> dict[str, str]:
     huge pages: weights are read faster by a fifth.
     """
     num_threads = str(options.num_threads or max(1, num_cores // options.world_size))
-    return child_environment() | {
+    inherited = child_environment()
+    return inherited | {
         "OMP_NUM_THREADS": num_threads,
         "MKL_NUM_THREADS": num_threads,
         "GLOO_SOCKET_IFNAME": "lo",
         "NCCL_SOCKET_IFNAME": "lo",
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "GLIBC_TUNABLES": ":".join(filter(None, (inherited.get("GLIBC_TUNABLES"), _HUGE_PAGES))),
         "MALLOC_MMAP_THRESHOLD_": _KEPT_HEAP_BYTES,
         "MALLOC_TRIM_THRESHOLD_": _KEPT_HEAP_BYTES,
     }

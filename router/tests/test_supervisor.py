@@ -202,6 +202,7 @@ def test_environment_keeps_ranks_on_this_machine_and_the_secrets_away(monkeypatc
     for name in ("API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_TOKEN", "NGROK_AUTHTOKEN"):
         monkeypatch.setenv(name, "a secret")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=2000")
     environment = rank_environment(rank_of_group(world_size=3), num_cores=8)
     assert "a secret" not in environment.values()
     expected = {
@@ -212,6 +213,7 @@ def test_environment_keeps_ranks_on_this_machine_and_the_secrets_away(monkeypatc
         "HF_HUB_OFFLINE": "1",
         "PYTHONSAFEPATH": "1",
         "CUDA_VISIBLE_DEVICES": "2,3",
+        "GLIBC_TUNABLES": "glibc.rtld.optional_static_tls=2000:glibc.malloc.hugetlb=1",
         "PATH": os.environ["PATH"],
         "BROS_PARENT_PID": str(os.getpid()),
     }

@@ -93,7 +93,7 @@ class Worker:
             self._kernels,
             lambda done, total: on_progress("loading", done, total),
         )
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._kernels)
         self.block_bytes = block_bytes(self._model.kv_shape, options.block_size, self._dtype)
         num_blocks = self._choose_num_blocks()
         self._install_region(num_blocks, self._choose_num_host_blocks(num_blocks))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 from torch import Tensor
 
+from bros_kernels.torch_kernels import TorchKernels
 from bros_shard.protocol import SamplingParams
 from bros_shard.sampling.sampler import SampledTokens, Sampler, SamplingBatch, needs_history
 
@@ -38,7 +39,9 @@ def sample(logits: Tensor, params: list[SamplingParams], histories: list[list[in
         token_ids = torch.tensor([history + [-1] * (width - len(history)) for history in histories])
         lengths = torch.tensor([len(history) for history in histories])
     device = logits.device
-    return Sampler().sample(logits, SamplingBatch(params, token_ids.to(device), lengths.to(device)))
+    return Sampler(TorchKernels(torch.float32)).sample(
+        logits, SamplingBatch(params, token_ids.to(device), lengths.to(device))
+    )
 
 
 # --- the reference: one row, one token at a time ----------------------------------------------------------------------
@@ -287,7 +290,7 @@ def test_draws_follow_the_processed_probabilities(params: SamplingParams, vary: 
     rows = [SamplingParams(do_sample=True, top_k=params.top_k, seed=seed) for seed in seeds]
     lengths = torch.full((NUM_DRAWS,), 3) if vary == "seed" else ascending
     batch = SamplingBatch(rows, torch.zeros(NUM_DRAWS, 0, dtype=torch.int64), lengths)
-    tokens = Sampler().sample(logits.expand(NUM_DRAWS, -1), batch)
+    tokens = Sampler(TorchKernels(torch.float32)).sample(logits.expand(NUM_DRAWS, -1), batch)
     assert chi_square(tokens.token_ids, probabilities) < 43.8  # 0.999 quantile, 19 degrees of freedom
 
 

@@ -13,6 +13,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from bros_kernels.kernels import Kernels
 from bros_shard.protocol import SamplingParams
 from bros_shard.sampling.candidates import Candidates
 from bros_shard.sampling.logits_processors import (
@@ -58,6 +59,9 @@ def needs_history(params: SamplingParams) -> bool:
 class Sampler:
     """Penalties, temperature, filters and choice, in TGI's order. Keeps nothing between calls."""
 
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+
     def sample(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
         """Choose one token for each row.
 
@@ -67,20 +71,37 @@ class Sampler:
         """
         groups: dict[_Chooser, list[int]] = {}
         for row, params in enumerate(batch.params):
-            groups.setdefault(_chooser_for(params), []).append(row)
+            groups.setdefault(self._chooser_for(params), []).append(row)
         if len(groups) == 1:
             (choose,) = groups
-            return choose(_process(logits.float(), batch), batch)
+            return choose(logits, batch)
         sampled = _empty(len(batch.params), logits.device)
         for choose, rows in groups.items():
             index = torch.tensor(rows, device=logits.device)
-            group = _take(batch, rows, index)
-            _put(sampled, index, choose(_process(logits.index_select(0, index).float(), group), group))
+            _put(sampled, index, choose(logits.index_select(0, index), _take(batch, rows, index)))
         return sampled
+
+    def _chooser_for(self, params: SamplingParams) -> _Chooser:
+        if params.top_k > 0 or params.top_p < 1.0 or params.typical_p < 1.0:
+            return _choose_filtered
+        if params.do_sample:
+            return _choose_drawn
+        # A temperature changes the log-probability of the best token.
+        return self._choose_best if needs_history(params) or params.temperature != 1.0 else self._choose_plain
+
+    def _choose_plain(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+        """The most likely token of logits that nothing changes; the lowest id among equals."""
+        token_ids, logprobs = self._kernels.most_likely(logits)
+        return SampledTokens(token_ids, logprobs, logprobs.isfinite())
+
+    def _choose_best(self, logits: Tensor, batch: SamplingBatch) -> SampledTokens:
+        """The most likely token; the lowest id among equals."""
+        return self._choose_plain(_process(logits, batch), batch)
 
 
 def _process(logits: Tensor, batch: SamplingBatch) -> Tensor:
-    """Apply what changes logits over the whole vocabulary. Float32 in, float32 out; the input is left as it is."""
+    """Apply what changes logits over the whole vocabulary, and return them in float32; the input is left as it is."""
+    logits = logits.float()
     device = logits.device
     rows = [row for row, params in enumerate(batch.params) if needs_history(params)]
     if rows:
@@ -109,23 +130,9 @@ def _penalise(logits: Tensor, batch: SamplingBatch) -> Tensor:
 _Chooser = Callable[[Tensor, SamplingBatch], SampledTokens]
 
 
-def _chooser_for(params: SamplingParams) -> _Chooser:
-    if params.top_k > 0 or params.top_p < 1.0 or params.typical_p < 1.0:
-        return _choose_filtered
-    return _choose_drawn if params.do_sample else _choose_best
-
-
-def _choose_best(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
-    """The most likely token; the lowest id among equals."""
-    token_ids = logits.argmax(-1)
-    # NaN or +inf anywhere, or -inf everywhere, makes the whole row NaN.
-    logprobs = logits.log_softmax(-1).gather(1, token_ids[:, None])[:, 0]
-    return SampledTokens(token_ids, logprobs, logprobs.isfinite())
-
-
 def _choose_drawn(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
     """A token drawn from the whole vocabulary."""
-    logits, is_valid = shift_to_zero(logits)
+    logits, is_valid = shift_to_zero(_process(logits, batch))
     masses = masses_of(logits)
     token_ids = draw(masses, _uniforms_for(batch))
     return SampledTokens(token_ids, _logprobs(logits, masses, token_ids), is_valid)
@@ -136,7 +143,7 @@ def _choose_filtered(logits: Tensor, batch: SamplingBatch) -> SampledTokens:
 
     Each row is tried with few candidates; one for which they turn out to be too few goes on to the next size.
     """
-    logits, is_valid = shift_to_zero(logits)
+    logits, is_valid = shift_to_zero(_process(logits, batch))
     total_masses = _total_masses(logits, batch)
     random_numbers = _uniforms_for(batch)
     sampled = _empty(len(batch.params), logits.device)
