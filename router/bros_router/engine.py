@@ -157,8 +157,8 @@ class StepEngine:
         self._next_sequence_id = 0
         self._is_accepting = True
         self._in_flight: deque[_SentStep] = deque()
-        #: The step that is run in the middle of the first of these.
-        self._interruption: _SentStep | None = None
+        #: What is run in the middle of the first of these.
+        self._interruptions: list[_SentStep] = []
         self._guard = PlanningGuard()
         self._wakeup = asyncio.Event()
         #: The next step is the first after a time without work.
@@ -256,7 +256,7 @@ class StepEngine:
                 await self._advance()
         finally:
             self._in_flight.clear()
-            self._interruption = None
+            self._interruptions.clear()
 
     async def _advance(self) -> None:
         """Take in a result, or send a plan, or wait for a reason to do either."""
@@ -279,10 +279,10 @@ class StepEngine:
 
     def _take_finished(self) -> _SentStep | None:
         """A step whose result has come, in the order of the results."""
-        step = self._interruption
-        if step is not None and step.result.done():
-            self._interruption = None
-            return step
+        for step in self._interruptions:
+            if step.result.done():
+                self._interruptions.remove(step)
+                return step
         return self._in_flight.popleft() if self._in_flight and self._in_flight[0].result.done() else None
 
     async def _wait(self, until_s: float | None) -> None:
@@ -319,7 +319,7 @@ class StepEngine:
         self._observe_relegated()
         if plan is None:
             return False
-        self._interruption = await self._send(plan, now_s, is_resuming=True)
+        self._interruptions.append(await self._send(plan, now_s, is_resuming=True))
         self._metrics.step_interrupted()
         return True
 

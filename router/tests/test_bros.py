@@ -446,9 +446,29 @@ def test_step_is_interrupted_by_all_who_are_in_time_together_and_then_again():
     # 10 + 64 ms are in time for both, 10 + 128 ms are not.
     plan = bench.scheduler.interrupt(bench.now_s)
     assert shapes(plan) == [(first.sequence_id, 0, 32), (second.sequence_id, 0, 32)]
-    assert bench.scheduler.interrupt(bench.now_s) is None  # one at a time
+    assert bench.scheduler.interrupt(bench.now_s) is None  # the third would make them late
     bench.scheduler.commit(bench.ranks.execute_within(plan, running), bench.now_s + 0.074)
     assert shapes(bench.scheduler.interrupt(bench.now_s + 0.074)) == [(third.sequence_id, 0, 64)]
+
+
+def test_short_prompt_interrupts_a_long_one_that_has_time_but_none_interrupts_the_short_one():
+    bench = Bench(can_interrupt=True)
+    running = begin_step(bench)
+    bench.ranks.execute(running)
+    long = bench.add(RT, 120, ttft_s=0.24)
+    outer = bench.scheduler.interrupt(bench.now_s)
+    assert shapes(outer) == [(long.sequence_id, 0, 120)]  # 130 ms
+    bench.now_s += 0.010
+    short = bench.add(RT, 16, ttft_s=0.05)
+    inner = bench.scheduler.interrupt(bench.now_s)
+    assert shapes(inner) == [(short.sequence_id, 0, 16)]  # 26 ms
+    assert bench.scheduler.free_at_s(bench.now_s) == pytest.approx(0.250 + 0.130 + 0.026)
+    bench.add(RT, 16, ttft_s=0.05)
+    assert bench.scheduler.interrupt(bench.now_s) is None
+    outer_result = bench.ranks.execute(outer)
+    bench.scheduler.commit(bench.ranks.execute_within(inner, running, outer), bench.now_s + 0.026)
+    bench.scheduler.commit(outer_result, bench.now_s + 0.146)
+    assert met_targets(short)[0] and met_targets(long)[0]
 
 
 def test_nothing_is_interrupted_once_the_next_step_was_sent_or_where_ranks_cannot():

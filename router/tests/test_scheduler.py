@@ -217,7 +217,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(policy, self.kv, model, limits)
         self.ranks = SimulatedRanks(block_size=4, num_host_blocks=self.num_host_blocks)
         self.results: deque[StepResult] = deque()
-        self.interruption: StepResult | None = None
+        self.interruptions: list[tuple[StepPlan, StepResult]] = []
         self.last_plan: StepPlan | None = None
         self.alive: dict[int, Sequence] = {}
         self.num_sequences = 0
@@ -276,24 +276,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     def interrupt(self):
         plan = self.scheduler.interrupt(self.now_s)
         if plan is not None:
-            assert len(self.results) == 1 and self.interruption is None, "the ranks are about to run another"
+            assert len(self.results) == 1, "the ranks are about to run another"
+            assert len(self.interruptions) < 2
             assert sum(step.num_tokens for step in plan.sequences) <= self.max_batch_tokens
-            self.interruption = self.ranks.execute_within(plan, self.last_plan)
+            running = [self.last_plan, *(interruption for interruption, _ in self.interruptions)]
+            self.interruptions.append((plan, self.ranks.execute_within(plan, *running)))
 
     # What was sent before the interruption may end before it, if that came late; what was sent after it cannot.
     @precondition(
-        lambda self: self.results and (not self.interruption or self.results[0].step_id < self.interruption.step_id)
+        lambda self: self.results and all(self.results[0].step_id < result.step_id for _, result in self.interruptions)
     )
     @rule(late_s=st.sampled_from([0.0, 0.02]))
     def commit(self, late_s=0.0):
         self.now_s += 0.012 + late_s
         self.take(self.results.popleft())
 
-    @precondition(lambda self: self.interruption)
-    @rule()
-    def commit_interruption(self):
-        result, self.interruption = self.interruption, None
+    # One that is in the middle of another ends first, unless it came too late.
+    @precondition(lambda self: self.interruptions)
+    @rule(is_last=st.booleans())
+    def commit_interruption(self, is_last=True):
         self.now_s += 0.005
+        _, result = self.interruptions.pop(-1 if is_last else 0)
         self.take(result)
 
     def take(self, result):
@@ -317,7 +320,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         generation = self.ranks.generation + 1
         self.ranks = SimulatedRanks(block_size=4, generation=generation, num_host_blocks=self.num_host_blocks)
         self.results.clear()
-        self.interruption = None
+        self.interruptions.clear()
         self.scheduler.restart(generation)
 
     @invariant()
@@ -330,12 +333,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self):
         num_steps = 0
-        while self.alive or self.results or self.interruption:
-            if self.interruption:
+        while self.alive or self.results or self.interruptions:
+            while self.interruptions:
                 self.commit_interruption()
             self.plan()
-            assert self.results or self.interruption, "sequences wait and nothing runs"
-            if self.results and not self.interruption:
+            assert self.results or self.interruptions, "sequences wait and nothing runs"
+            if self.results and not self.interruptions:
                 self.commit()
             num_steps += 1
             assert num_steps < 2000, "a sequence starves"

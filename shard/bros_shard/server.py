@@ -7,7 +7,6 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable
 from typing import Final
 
 import structlog
@@ -158,7 +157,7 @@ class ShardServer:
             message = self._backlog.popleft() if self._backlog else self._receive()
             if isinstance(message, Shutdown):
                 return
-            self._execute(worker, message, lambda: self._run_interruptions(worker))
+            self._execute(worker, message)
 
     def _receive(self) -> FromRouter:
         message = decode_from_router(self._socket.recv())
@@ -171,7 +170,9 @@ class ShardServer:
         return message
 
     def _run_interruptions(self, worker: Worker) -> float:
-        """Between two layers of a step: run what was sent to interrupt it. Returns the seconds that took."""
+        """Between two layers of a step, which may interrupt another: run what was sent to interrupt it.
+
+        Returns the seconds that took."""
         if not worker.can_interrupt:
             return 0.0
         started_s = time.monotonic()
@@ -185,11 +186,11 @@ class ShardServer:
                 self._backlog.append(message)
         return time.monotonic() - started_s if is_any else 0.0
 
-    def _execute(self, worker: Worker, plan: StepPlan, between_layers: Callable[[], float] = lambda: 0.0) -> None:
+    def _execute(self, worker: Worker, plan: StepPlan) -> None:
         started_s = time.monotonic()
         idle_s = 0.0 if self._clock.is_step_running else started_s - self._clock.last_finished_s
         self._clock.step_started()
-        output = worker.execute(plan, between_layers)
+        output = worker.execute(plan, lambda: self._run_interruptions(worker))
         self._clock.step_finished()
         if self._options.rank == 0:
             self._send(

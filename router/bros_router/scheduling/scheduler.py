@@ -6,16 +6,22 @@ run this same class.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from dataclasses import dataclass
+from typing import Final
 
 from bros_router.kv.kv_manager import Copies, KVManager
 from bros_router.request import FinishReason, RequestClass
+from bros_router.scheduling.deadlines import first_token_deadline_s
 from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.policy import Policy
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
 from bros_shard.protocol import NewSequence, SequenceResult, SequenceStep, StepPlan, StepResult, StepShape
+
+#: Interruptions of a step at a time: one, and one in the middle of it, for a short prompt that cannot wait for a long.
+_MOST_NESTED: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,12 @@ class StepInFlight:
     sampled: list[Sequence]
 
 
+def _spare_s(interruption: StepInFlight, margin: float) -> float:
+    """How much later an interruption may end than it would, with all its first tokens in time."""
+    due_s = min(first_token_deadline_s(sequence) for sequence in interruption.sampled)
+    return due_s - (interruption.start_s + margin * interruption.predicted_s)
+
+
 class Scheduler:
     """Sequences in, step plans out; step results in, outcomes out.
 
@@ -78,8 +90,8 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}
         self._num_alive = dict.fromkeys(RequestClass, 0)
         self._in_flight: deque[StepInFlight] = deque()
-        #: The step that is run in the middle of the first of those in flight.
-        self._interruption: StepInFlight | None = None
+        #: By step id: what is run in the middle of the first of those in flight, or of an interruption before it.
+        self._interruptions: dict[int, StepInFlight] = {}
         #: The latest step that was planned: `plan` and `interrupt` return it as the ranks get it.
         self.last_step: StepInFlight | None = None
         self._releases: list[int] = []
@@ -169,22 +181,26 @@ class Scheduler:
         """A step for the ranks to run in the middle of the one they are in, or `None` where nothing is that urgent.
 
         It has new sequences alone, in blocks that the running step knows nothing of. What has ended since stays on the
-        ranks until the next plan, for the running step may still hold it. One interruption at a time, and none once the
-        next step was sent: that is about to begin.
+        ranks until the next plan, for the running step may still hold it. An interruption may be interrupted in turn,
+        as long as its own prompts stay in time; nothing is, once the next step was sent: that is about to begin.
         """
-        if not self._policy.can_interrupt or len(self._in_flight) != 1 or self._interruption is not None:
+        if not self._policy.can_interrupt or len(self._in_flight) != 1 or len(self._interruptions) >= _MOST_NESTED:
             return None
-        running = self._in_flight[0]
+        interrupted = [*self._in_flight, *self._interruptions.values()]
+        running, margin = interrupted[-1], self._latency_model.margin
+        # After an interruption there may be the next; after a step comes one with about the same real-time decodes.
+        waiting_s = margin * (running.predicted_s + (0.0 if self._interruptions else running.rt_decode_s))
+        latest_end_s = now_s + min((_spare_s(step, margin) for step in self._interruptions.values()), default=math.inf)
         draft = self._draft(now_s, now_s)
         with self._kv.beside_running_step():
-            # The next step will have about the same real-time decodes.
-            waiting_s = self._latency_model.margin * (running.predicted_s + running.rt_decode_s)
-            self._policy.interrupt(draft, running.start_s + waiting_s)
+            self._policy.interrupt(draft, running.start_s + waiting_s, latest_end_s)
         self._relegated += draft.relegated
         if not draft.chunks:
             return None
-        plan, self._interruption = self._emit(draft, Copies([], [], []), [], is_interruption=True)
-        running.start_s += self._interruption.predicted_s
+        plan, interruption = self._emit(draft, Copies([], [], []), [], is_interruption=True)
+        for step in interrupted:
+            step.start_s += interruption.predicted_s
+        self._interruptions[interruption.step_id] = interruption
         return plan
 
     def _draft(self, now_s: float, start_s: float) -> StepDraft:
@@ -225,16 +241,16 @@ class Scheduler:
 
     def _take_step(self, result: StepResult, now_s: float) -> StepInFlight:
         """The step that the result is of. What the ranks run from now on has its start corrected."""
-        interruption = self._interruption
-        if interruption is not None and interruption.step_id == result.step_id:
-            self._interruption = None
-            if self._in_flight and self._in_flight[0].step_id < interruption.step_id:  # else it came too late
-                self._in_flight[0].start_s += result.step_s - interruption.predicted_s
-            elif self._in_flight:
+        interruption = self._interruptions.pop(result.step_id, None)
+        if interruption is not None:
+            for step in [*self._in_flight, *self._interruptions.values()]:
+                if step.step_id < interruption.step_id:  # what it interrupts, unless it came too late
+                    step.start_s += result.step_s - interruption.predicted_s
+            if self._in_flight and self._in_flight[0].step_id > interruption.step_id:
                 self._in_flight[0].start_s = now_s
             return interruption
         # What was sent after an interruption runs after it.
-        is_early = interruption is not None and interruption.step_id < result.step_id
+        is_early = any(step_id < result.step_id for step_id in self._interruptions)
         if is_early or not self._in_flight or self._in_flight[0].step_id != result.step_id:
             raise StepMismatchError(f"step {result.step_id} is not the one due")
         step = self._in_flight.popleft()
@@ -251,7 +267,7 @@ class Scheduler:
         self._generation = generation
         self._next_step_id = 0
         self._in_flight.clear()
-        self._interruption = None
+        self._interruptions.clear()
         self._releases.clear()
         for sequence in [*self._running.values()]:
             self._kv.release(sequence.sequence_id)

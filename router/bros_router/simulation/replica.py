@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections import deque
@@ -40,7 +41,7 @@ class Timing:
     client_s: float = 0.0
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Step:
     plan: StepPlan
     planned: StepInFlight
@@ -87,8 +88,8 @@ class Replica:
         self._prompts: dict[int, tuple[int, ...]] = {}
         self._num_submitted = 0
         self._steps: deque[_Step] = deque()
-        #: The step that is run in the middle of the first of these.
-        self._interruption: _Step | None = None
+        #: What is run in the middle of the first of these, each maybe in the middle of the one before.
+        self._interruptions: list[_Step] = []
         #: When the devices have done all that was sent to them.
         self._free_s = 0.0
         #: When to plan; infinity: not before something happens.
@@ -159,8 +160,12 @@ class Replica:
 
     @property
     def _commit_s(self) -> float:
-        first = self._interruption or (self._steps[0] if self._steps else None)
+        first = self._first_to_end
         return first.end_s + self._timing.return_s if first is not None else math.inf
+
+    @property
+    def _first_to_end(self) -> _Step | None:
+        return min([*self._interruptions, *itertools.islice(self._steps, 1)], key=lambda step: step.end_s, default=None)
 
     def _due_s(self, now_s: float) -> float:
         """When to plan the next step: just in time, or at once where none runs."""
@@ -184,18 +189,19 @@ class Replica:
             self._plan_s = self._due_s(now_s)
 
     def _interrupt(self, now_s: float) -> None:
-        """Run what cannot wait in the middle of the running step, which ends later by that. Layers are short: it begins
-        at once."""
+        """Run what cannot wait in the middle of what runs, which ends later by that. Layers are short: it begins at
+        once."""
         plan, planning_s = self._ask(self.scheduler.interrupt, now_s)
         if plan is None:
             return
-        running = self._steps[0]
-        step = self._interruption = self._begin(plan, now_s + self._timing.send_s, planning_s)
-        if step.start_s < running.end_s:
-            seconds = step.end_s - step.start_s
-            running.interrupted_s += seconds
-            running.end_s += seconds
-        self._free_s = max(running.end_s, step.end_s)
+        step = self._begin(plan, now_s + self._timing.send_s, planning_s)
+        seconds = step.end_s - step.start_s
+        for running in [self._steps[0], *self._interruptions]:
+            if step.start_s < running.end_s:
+                running.interrupted_s += seconds
+                running.end_s += seconds
+        self._interruptions.append(step)
+        self._free_s = max(self._steps[0].end_s, step.end_s)
         if len(self._steps) < self._timing.max_steps_in_flight:
             self._plan_s = self._due_s(now_s)
 
@@ -228,8 +234,12 @@ class Replica:
         return step
 
     def _commit(self, now_s: float, on_end: Callable[[RequestRecord], None]) -> None:
-        step = self._interruption or self._steps.popleft()
-        self._interruption = None
+        step = self._first_to_end
+        assert step is not None
+        if step in self._interruptions:
+            self._interruptions.remove(step)
+        else:
+            self._steps.popleft()
         seconds = step.end_s - step.start_s - step.interrupted_s
         result = StepResult(step.plan.generation, step.plan.step_id, step.results, seconds, 0.0, seconds, step.idle_s)
         self._admission.step_ended(step.plan, step.planned.rt_decode_s, now_s)

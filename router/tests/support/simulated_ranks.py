@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from bros_router.request import FinishReason, LatencyTargets, RequestClass
 from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.sequence import Sequence
@@ -86,13 +88,13 @@ class SimulatedRanks:
         seconds = self.model.predict_s(shape_of(plan))
         return StepResult(self.generation, plan.step_id, results, 0.0, 0.0, seconds, 0.0)
 
-    def execute_within(self, plan: StepPlan, running: StepPlan) -> StepResult:
-        """Run a plan between two layers of `running`, the last that was executed, which then goes on: it writes its
-        tokens once more, and reads its context."""
+    def execute_within(self, plan: StepPlan, *running: StepPlan) -> StepResult:
+        """Run a plan between two layers of those that run, which then go on: they write their tokens once more, and
+        read their context."""
         assert not (plan.releases or plan.copies_out or plan.tail_moves or plan.copies_in)
         assert {new.sequence_id for new in plan.new_sequences} == {step.sequence_id for step in plan.sequences}
         result = self.execute(plan)
-        for step in running.sequences:
+        for step in itertools.chain.from_iterable(other.sequences for other in running):
             self._compute(step, self.tables[step.sequence_id])
         return result
 

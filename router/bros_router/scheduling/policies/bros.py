@@ -23,6 +23,7 @@ from bros_router.scheduling.policies.chunking import Chunking, num_worth_restori
 from bros_router.scheduling.policies.floor import Floor
 from bros_router.scheduling.policies.ordered import by_arrival
 from bros_router.scheduling.policies.standing import Standing
+from bros_router.scheduling.policies.step_end import GUARD, StepEnd
 from bros_router.scheduling.queues import WaitingQueue
 from bros_router.scheduling.real_time_queue import RealTimeQueue, due_s
 from bros_router.scheduling.sequence import Sequence, SequenceState
@@ -32,23 +33,17 @@ from bros_shard.protocol import StepShape
 
 #: What every step costs is the time of this one.
 _SHORTEST_STEP: Final = StepShape(num_decode_sequences=1, decode_context_tokens=1)
-#: Share of the time to a deadline that a step leaves unused.
-_GUARD: Final = 0.05
-#: The same for best-effort work beside a prompt whose first token is due. A step that is filled up to a deadline misses
-#: it one time in twenty, since that is what its predicted end is worth, and when it starts is uncertain too; filling it
-#: less costs nothing, for few steps hold such a prompt.
-_FIRST_TOKEN_GUARD: Final = 0.3
 #: A prompt may wait for the end of the running step if so much of the time to its deadline would be left besides: the
 #: step may be slower than predicted, the next one holds others, and an interruption costs what every step does.
-_WAITING_GUARD: Final = 0.5
+_WAITING_GUARD: Final = 0.7
 #: Steps without a chunk after which a small one of a real-time prompt is computed whatever the decodes say.
 _MOST_STARVED_STEPS: Final = 4
 #: Best-effort work may make a step of real-time decodes this many times as long, however little memory it has: with
 #: less time, prompts would crumble.
 _MEMORY_STRETCH: Final = 1.15
-#: And it may add this many times their length, whatever the limit of a step is, while targets are met: the less, the
-#: fewer are, and nothing at this share.
-_LIMIT_STRETCH: Final = 0.5
+#: And this many times as long, whatever the limit of a step is, while targets are met: the less, the fewer are, and no
+#: longer at this share.
+_LIMIT_STRETCH: Final = 1.5
 _LEAST_ATTAINMENT: Final = 0.97
 #: A real-time prompt keeps steps short as long as its slack is more than so many times what it needs alone.
 _PATIENT_SLACK: Final = 2.0
@@ -171,23 +166,24 @@ class BrosPolicy:
         draft.kv.num_reserved_blocks = int(draft.kv.num_blocks * _RESERVED_SHARE) if has_real_time else 0
         draft.max_num_sequences = self.cap.value
         standing = Standing.of(draft.running)
-        end_s = self._decode_real_time(draft, standing)
-        is_too_long = draft.end_s > end_s
+        step_end = StepEnd(self._decode_real_time(draft, standing))
+        is_too_long = draft.end_s > step_end.for_all_s
         decodes_s = self._model.predict_s(draft.shape)
         limit_s = math.inf
         if self._options.keeps_steps_short:
             # Where the decodes alone take about as long as the limit, it would leave nothing for other work and hardly
             # shorten the wait. But where that costs targets, they go first.
             is_met = (self._attainment.share(draft.now_s) - _LEAST_ATTAINMENT) / (ATTAINMENT_GOAL - _LEAST_ATTAINMENT)
-            limit_s = max(step_limit_s, (1.0 + _LIMIT_STRETCH * min(1.0, max(0.0, is_met))) * decodes_s)
+            stretch = 1.0 + (_LIMIT_STRETCH - 1.0) * min(1.0, max(0.0, is_met))
+            limit_s = max(step_limit_s, stretch * decodes_s)
         soft_end_s = self._soft_end_s(draft, limit_s)
-        end_s, careful_end_s = self._prefill_real_time(draft, standing, end_s, soft_end_s)
-        self._run_late(draft, standing, min(end_s, soft_end_s))
+        self._prefill_real_time(draft, standing, step_end, soft_end_s)
+        self._run_late(draft, standing, min(step_end.for_all_s, soft_end_s))
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
             if self._options.gives_time_for_memory and standing.decoding:
                 limit_s = min(limit_s, max(self._best_effort.useful_s(draft), _MEMORY_STRETCH * decodes_s))
-            end_s = min(careful_end_s, self._soft_end_s(draft, limit_s))
+            end_s = min(step_end.for_best_effort_s, self._soft_end_s(draft, limit_s))
             is_bound = not self._best_effort.decode(draft, standing, end_s)
             if not is_bound:
                 self._best_effort.prefill(draft, standing, end_s)
@@ -195,9 +191,9 @@ class BrosPolicy:
                 self._best_effort.checkpoint(draft, standing, end_s)
         self.cap.note_step(is_bound=is_bound, is_too_long=is_too_long)
 
-    def interrupt(self, draft: StepDraft, next_s: float) -> None:
+    def interrupt(self, draft: StepDraft, next_s: float, latest_end_s: float) -> None:
         """The real-time prompts that cannot wait for the next step, whole, as long as all of them are in time."""
-        end_s = math.inf
+        end_s = latest_end_s
         while (sequence := self._next_prompt(draft, deque(), takes_new=True)) is not None:
             spare_s = _WAITING_GUARD * (due_s(sequence) - draft.now_s)
             if sequence.is_on_ranks or self._rt_waiting.latest_start_s(sequence) - spare_s >= next_s:
@@ -232,7 +228,7 @@ class BrosPolicy:
                 continue
             draft.add(sequence, 1)
             first_deadline_s = min(first_deadline_s, deadline_of(sequence, start_s))
-        return start_s + (first_deadline_s - start_s) * (1.0 - _GUARD)
+        return start_s + (first_deadline_s - start_s) * (1.0 - GUARD)
 
     def _give_room(
         self, draft: StepDraft, standing: Standing, sequence: Sequence, num_tokens: int, end_s: float = math.inf
@@ -262,15 +258,8 @@ class BrosPolicy:
             if num_tokens:
                 draft.restore(sequence, num_tokens)
 
-    def _prefill_real_time(
-        self, draft: StepDraft, standing: Standing, end_s: float, soft_end_s: float
-    ) -> tuple[float, float]:
-        """Chunks of real-time prompts, the most urgent first. Those that have time keep to `soft_end_s`.
-
-        Returns:
-            When the step must have ended for all; and when it should have, as far as that is best-effort work's to say.
-        """
-        bound_s = careful_s = end_s
+    def _prefill_real_time(self, draft: StepDraft, standing: Standing, step_end: StepEnd, soft_end_s: float) -> None:
+        """Chunks of real-time prompts, the most urgent first. Those that have time keep to `soft_end_s`."""
         is_any_left_out = False
         begun = deque(sorted(standing.behind, key=self._rt_waiting.latest_start_s))
         takes_new = True
@@ -282,23 +271,21 @@ class BrosPolicy:
             if is_new and draft.num_sequences_left <= 0:
                 takes_new = False
                 continue
-            self._restore(draft, standing, sequence, bound_s)
+            self._restore(draft, standing, sequence, step_end.for_all_s)
             num_pending_tokens = sequence.num_pending_tokens
-            has_time = soft_end_s < bound_s and self._is_patient(draft, sequence)
-            num_tokens = self._chunking.largest(draft, sequence, soft_end_s if has_time else bound_s)
+            has_time = soft_end_s < step_end.for_all_s and self._is_patient(draft, sequence)
+            num_tokens = self._chunking.largest(draft, sequence, soft_end_s if has_time else step_end.for_all_s)
             if num_tokens == 0 and has_time:
                 if draft.chunks:
                     break  # those that follow can wait as well
-                num_tokens = self._chunking.largest(draft, sequence, bound_s)
+                num_tokens = self._chunking.largest(draft, sequence, step_end.for_all_s)
             if num_tokens == 0 and self._num_starved_steps >= _MOST_STARVED_STEPS:
                 num_tokens = self._chunking.smallest(draft, sequence)
             if num_tokens == 0:
                 is_any_left_out = True
-                latest_start_s = self._rt_waiting.latest_start_s(sequence)
-                bound_s = min(bound_s, self._reachable_s(draft, latest_start_s))
-                careful_s = min(careful_s, self._reachable_s(draft, latest_start_s, _FIRST_TOKEN_GUARD))
+                step_end.note_prompt(draft, self._rt_waiting.latest_start_s(sequence))
                 break
-            if not self._give_room(draft, standing, sequence, num_pending_tokens, bound_s):
+            if not self._give_room(draft, standing, sequence, num_pending_tokens, step_end.for_all_s):
                 # It waits for memory, which those that run free the sooner the more they do.
                 takes_new = takes_new and not is_new
                 continue
@@ -307,11 +294,9 @@ class BrosPolicy:
             draft.add(sequence, num_tokens, num_pending_tokens)
             rest = num_pending_tokens - num_tokens
             rest_s = self._rt_waiting.alone_s(rest, sequence.num_computed_tokens + num_tokens)
-            bound_s = min(bound_s, self._reachable_s(draft, due_s(sequence) - rest_s))
-            careful_s = min(careful_s, self._reachable_s(draft, due_s(sequence) - rest_s, _FIRST_TOKEN_GUARD))
+            step_end.note_prompt(draft, due_s(sequence) - rest_s)
             self._num_starved_steps = 0
         self._num_starved_steps += is_any_left_out
-        return bound_s, careful_s
 
     def _next_prompt(self, draft: StepDraft, begun: deque[Sequence], *, takes_new: bool) -> Sequence | None:
         """The real-time prompt to go on with, by when it must start at the latest: the first of `begun`, which gives it
@@ -350,13 +335,6 @@ class BrosPolicy:
         self._attainment.note(draft.now_s, False)
         self._step_limit.note_first_token(late_by_s)
         return True
-
-    def _reachable_s(self, draft: StepDraft, bound_s: float, guard: float = _GUARD) -> float:
-        """A bound for what joins a prompt, less a guard; one that cannot be kept would only keep others out."""
-        left_s = bound_s - draft.start_s
-        if draft.end_s > draft.start_s + (1.0 - _GUARD) * left_s:
-            return math.inf
-        return max(draft.end_s, draft.start_s + (1.0 - guard) * left_s)
 
     def _run_late(self, draft: StepDraft, standing: Standing, end_s: float) -> None:
         """Real-time sequences that missed a target: before best-effort work, but they bound nobody."""

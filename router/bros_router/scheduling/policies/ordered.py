@@ -52,7 +52,7 @@ class OrderedPolicy:
         if self._continue(draft):
             self._admit(draft)
 
-    def interrupt(self, draft: StepDraft, next_s: float) -> None:
+    def interrupt(self, draft: StepDraft, next_s: float, latest_end_s: float) -> None:
         """Nothing is so urgent."""
 
     def _order(self, running: Iterable[Sequence]) -> list[Sequence]:

@@ -41,13 +41,14 @@ class Policy(Protocol):
         """Fill the step. What is added to it from those that wait, no longer waits."""
         ...
 
-    def interrupt(self, draft: StepDraft, next_s: float) -> None:
+    def interrupt(self, draft: StepDraft, next_s: float, latest_end_s: float) -> None:
         """Fill a step that is run in the middle of the one that runs now, or leave it empty.
 
         It holds sequences that the ranks do not know yet, in memory that is free: no victims, no copies.
 
         Args:
-            next_s: when a prompt would begin in the next step, were the running one slow.
+            next_s: when a prompt would begin if it waited, were the running step slow.
+            latest_end_s: when this step must have ended for those that it interrupts.
         """
         ...
 
