@@ -103,7 +103,7 @@ def test_a_request_that_cannot_wait_is_run_in_the_middle_of_a_step():
     batch, chat = tokens_of(trace(be(0.0, 400, 1), urgent), setup, Abacus())
     assert chat == pytest.approx([0.1315], abs=1e-4)
     assert batch == pytest.approx([0.4415], abs=1e-4)
-    patient = replace(urgent, ttft_s=1.0)
+    patient = replace(urgent, ttft_s=2.0)
     batch, chat = tokens_of(trace(be(0.0, 400, 1), patient), setup, Abacus())
     assert (batch, chat) == (pytest.approx([0.4115], abs=1e-4), pytest.approx([0.4415], abs=1e-4))
 
