@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -19,18 +18,12 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bros_benchmarks.checkpoint import SMOLLM2_135M, make_checkpoint
-from bros_router.supervisor import rank_environment
+from bros_benchmarks.rank_process import become_rank, rank_options
 from bros_shard.options import ShardOptions
 from bros_shard.rehearsal import Rehearsal, chunk, decodes
 from bros_shard.worker import Worker
 
 _NAMES: Final = ("torch", "cpu")
-#: Tells that this process has a rank's environment.
-_IS_CHILD: Final = "BROS_BENCHMARK_CHILD"
-_MAX_BATCH_TOKENS: Final = 512
-
-
 #: By what the table calls them.
 SCENES: Final = {
     "1 decode, context 128": decodes(1, 128),
@@ -79,20 +72,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    options = ShardOptions(
-        endpoint="",
-        rendezvous="",
-        model_path=str(make_checkpoint(SMOLLM2_135M, arguments.folder)),
-        model_id=SMOLLM2_135M.name,
-        device="cpu",
-        kv_memory_bytes=2 * 2**30,
-        host_memory_bytes=-1,
-        max_batch_tokens=_MAX_BATCH_TOKENS,
-        num_threads=arguments.threads,
-    )
-    if _IS_CHILD not in os.environ:  # how memory is allocated is settled when a process starts
-        environment = rank_environment(options, arguments.threads) | {_IS_CHILD: "1"}
-        os.execve(sys.executable, [sys.executable, "-m", "bros_benchmarks.kernels", *sys.argv[1:]], environment)
+    options = replace(rank_options(arguments.folder, arguments.threads), host_memory_bytes=-1)
+    become_rank("bros_benchmarks.kernels", options)
     print_table(measure(options, arguments.rounds))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bros_benchmarks.checkpoint import SMOLLM2_135M, make_checkpoint
+from bros_benchmarks.rank_process import MAX_BATCH_TOKENS, become_rank, rank_options
 from bros_router.scheduling.latency_model import LatencyModel
-from bros_router.supervisor import rank_environment
 from bros_shard.options import ShardOptions
 from bros_shard.protocol import HostCopy, StepShape
 from bros_shard.rehearsal import Rehearsal, Scene, chunk
@@ -33,11 +31,8 @@ from bros_shard.worker import Worker
 #: A step's shape, and the seconds it took.
 Step: TypeAlias = tuple[StepShape, float]
 
-MAX_BATCH_TOKENS = 512
 MAX_DECODES = 48
 CHUNK_SIZES = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
-#: Tells that this process has a rank's environment.
-IS_CHILD = "BROS_BENCHMARK_CHILD"
 
 
 def walk(num_steps: int, rng: random.Random) -> Iterator[Scene]:
@@ -173,19 +168,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    options = ShardOptions(
-        endpoint="",
-        rendezvous="",
-        model_path=str(make_checkpoint(SMOLLM2_135M, arguments.folder)),
-        model_id=SMOLLM2_135M.name,
-        device="cpu",
-        kv_memory_bytes=2 * 2**30,
-        max_batch_tokens=MAX_BATCH_TOKENS,
-        num_threads=arguments.threads,
-    )
-    if IS_CHILD not in os.environ:  # how memory is allocated is settled when a process starts
-        environment = rank_environment(options, arguments.threads) | {IS_CHILD: "1"}
-        os.execve(sys.executable, [sys.executable, "-m", "bros_benchmarks.step_times", *sys.argv[1:]], environment)
+    options = rank_options(arguments.folder, arguments.threads)
+    become_rank("bros_benchmarks.step_times", options)
     console = Console(width=120)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder  # nothing is known from before

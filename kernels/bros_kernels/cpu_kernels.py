@@ -17,7 +17,7 @@ from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_kernels.reference_attention import ReferenceAttention
 from bros_kernels.torch_kernels import TorchKernels
 
-#: Columns of a packed weight's panel (`native/gemm.h`).
+#: Columns of a packed weight's panel (`native/avx512.h`).
 _PANEL: Final = 32
 #: What a sum becomes: `enum bros_epilogue`.
 _STORE, _SILU_MUL = 0, 1

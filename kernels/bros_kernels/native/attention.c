@@ -286,7 +286,7 @@ void bros_attend(const struct bros_step *step, const struct bros_attention *atte
     const int64_t num_heads = attention->num_heads, num_kv_heads = attention->num_kv_heads;
     struct attend_job job = {.step = step, .attention = attention, .qkv = qkv,
                              .qkv_stride = (num_heads + 2 * num_kv_heads) * attention->head_dim, .cos = cos,
-                             .sin = sin, .k = k, .v = v, .out = out, .scale_log2e = attention->scale * 1.44269504f};
+                             .sin = sin, .k = k, .v = v, .out = out, .scale_log2e = attention->scale * LOG2E};
     bros_run(prepare_tile, &job, (step->num_tokens + TILE_TOKENS - 1) / TILE_TOKENS);
     bros_run(attend_tile, &job, step->num_queries * num_kv_heads);
 }

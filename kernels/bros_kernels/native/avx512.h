@@ -9,6 +9,8 @@
 #define AVX512BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
 #define AVX512_INLINE AVX512BF16 static inline __attribute__((always_inline))
 
+#define LOG2E 1.44269504f
+
 /* Mask of the lanes 0 .. count - 1; none where count is negative. */
 AVX512_INLINE __mmask16 lanes_below(int64_t count)
 {
@@ -54,7 +56,7 @@ AVX512_INLINE __m512 exp2_ps(__m512 x)
 /* x / (1 + exp(-x)). */
 AVX512_INLINE __m512 silu(__m512 x)
 {
-    __m512 minus_x_log2e = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-1.44269504f)), _mm512_set1_ps(126.0f));
+    __m512 minus_x_log2e = _mm512_min_ps(_mm512_mul_ps(x, _mm512_set1_ps(-LOG2E)), _mm512_set1_ps(126.0f));
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2_ps(minus_x_log2e)));
 }
 

@@ -11,7 +11,6 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-
 /* How long an idle thread looks for work before it sleeps: two calls of one layer are some 20 us apart. First without
  * giving its core away, then letting others have it between two looks. */
 enum { SPINS_BEFORE_YIELD = 100, YIELDS_BEFORE_SLEEP = 200 };

@@ -39,7 +39,7 @@ AVX512BF16 static void most_likely_tile(const void *argument, int64_t row)
     __m512 shift = _mm512_set1_ps(maximum), total = _mm512_setzero_ps();
     for (int64_t i = 0; i < job->vocab_size; i += 16) {
         __mmask16 lanes = lanes_below(job->vocab_size - i);
-        __m512 x = _mm512_mul_ps(_mm512_sub_ps(load_bf16(logits + i, lanes), shift), _mm512_set1_ps(1.44269504f));
+        __m512 x = _mm512_mul_ps(_mm512_sub_ps(load_bf16(logits + i, lanes), shift), _mm512_set1_ps(LOG2E));
         total = _mm512_mask_add_ps(total, lanes, total, exp2_ps(x));
     }
     job->logprobs[row] = -logf(_mm512_reduce_add_ps(total));

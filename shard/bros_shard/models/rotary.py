@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bros_kernels.paged_attention import Angles
 from bros_shard.model_config import ConfigFields
 
 
@@ -138,8 +139,8 @@ class Rotary:
         self._attention_factor = frequencies.attention_factor
         self._dtype = dtype
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and signed sin of the positions, (T, 1, head_dim) each: `Angles`, once per step."""
+    def angles(self, positions: Tensor) -> Angles:
+        """Those of the positions, int64 (T); computed once per step."""
         angles = positions[:, None, None] * self._inverse
         cos, sin = angles.cos() * self._attention_factor, angles.sin() * self._attention_factor
         return torch.cat([cos, cos], -1).to(self._dtype), torch.cat([-sin, sin], -1).to(self._dtype)
