@@ -157,7 +157,7 @@ class StepEngine:
         self._next_sequence_id = 0
         self._is_accepting = True
         self._in_flight: deque[_SentStep] = deque()
-        #: What is run in the middle of the first of these.
+        #: What is run in the middle of these.
         self._interruptions: list[_SentStep] = []
         self._guard = PlanningGuard()
         self._wakeup = asyncio.Event()

@@ -471,12 +471,50 @@ def test_short_prompt_interrupts_a_long_one_that_has_time_but_none_interrupts_th
     assert met_targets(short)[0] and met_targets(long)[0]
 
 
-def test_nothing_is_interrupted_once_the_next_step_was_sent_or_where_ranks_cannot():
+def test_step_is_interrupted_though_the_next_one_was_sent():
     bench = Bench(can_interrupt=True)
-    begin_step(bench)
-    bench.scheduler.plan(bench.now_s)
+    running = begin_step(bench)
+    following = bench.scheduler.plan(bench.now_s)
+    assert shapes(following) == [(1, 240, 1)]
+    chat = bench.add(RT, 32, ttft_s=0.1)
+    plan = bench.scheduler.interrupt(bench.now_s)
+    assert shapes(plan) == [(chat.sequence_id, 0, 32)]
+    assert bench.scheduler.free_at_s(bench.now_s) == pytest.approx(0.250 + 0.011 + 0.042)
+    running_result = bench.ranks.execute(running)
+    bench.scheduler.commit(bench.ranks.execute_within(plan, running), bench.now_s + 0.042)
+    bench.scheduler.commit(running_result, 0.292)
+    bench.scheduler.commit(bench.ranks.execute(following), 0.303)
+    assert met_targets(chat)[0]
+
+
+def test_interruption_that_comes_too_late_for_a_step_delays_the_next_one():
+    bench = Bench(can_interrupt=True)
+    running = begin_step(bench)
+    following = bench.scheduler.plan(bench.now_s)
     bench.add(RT, 32, ttft_s=0.1)
-    assert bench.scheduler.interrupt(bench.now_s) is None
+    plan = bench.scheduler.interrupt(bench.now_s)
+    bench.scheduler.commit(bench.ranks.execute(running), 0.250)
+    assert bench.scheduler.free_at_s(0.250) == pytest.approx(0.250 + 0.011 + 0.042)
+    following_result = bench.ranks.execute(following)
+    bench.scheduler.commit(bench.ranks.execute_within(plan, following), 0.293)
+    assert bench.scheduler.free_at_s(0.293) == pytest.approx(0.303)
+    bench.scheduler.commit(following_result, 0.303)
+
+
+@pytest.mark.parametrize(
+    ("ttft_s", "now_s", "is_interrupted"), [(0.4, 0.1, True), (0.28, 0.1, False), (0.28, 0.3, True)]
+)
+def test_step_is_not_interrupted_at_the_cost_of_first_tokens_in_it_that_would_be_in_time(ttft_s, now_s, is_interrupted):
+    """The step should take 250 ms, 42 more with the interruption. In the last case it takes longer anyway."""
+    bench = Bench(can_interrupt=True)
+    bench.add(RT, 240, ttft_s=ttft_s)
+    assert shapes(bench.scheduler.plan(bench.now_s)) == [(1, 0, 240)]
+    bench.now_s = now_s
+    bench.add(RT, 32, ttft_s=0.1)
+    assert (bench.scheduler.interrupt(bench.now_s) is not None) is is_interrupted
+
+
+def test_nothing_is_interrupted_where_ranks_cannot():
     for bench in (Bench(can_interrupt=False), Bench(can_interrupt=True, interrupts=False)):
         begin_step(bench)
         bench.add(RT, 32, ttft_s=0.1)
@@ -493,6 +531,25 @@ def test_interruption_leaves_alone_what_the_running_step_may_still_write_to():
     assert bench.kv.num_free_blocks == 16
     assert bench.scheduler.interrupt(bench.now_s) is None
     assert bench.scheduler.plan(bench.now_s) is not None  # it runs after that step
+
+
+def test_blocks_are_kept_free_for_interruptions_at_the_cost_of_best_effort_sequences():
+    """Of 40 blocks, 2 are the reserve. Chats grow into them, and get best-effort blocks instead where those can be
+    needed at once; who lost them does not come back into the reserve."""
+    for can_interrupt, least in ((True, 2), (False, 0)):
+        bench = Bench(num_blocks=40, can_interrupt=can_interrupt)
+        batch = bench.add(BE, 16 * 33, max_new_tokens=40)
+        while batch.num_pending_tokens > 1:
+            bench.step()
+        for _ in range(4):
+            bench.add(RT, 16, max_new_tokens=15, ttft_s=1.0, tpot_s=1.0)
+        num_free = []
+        for _ in range(10):
+            bench.step()
+            num_free.append(bench.kv.num_free_blocks)
+        assert min(num_free) == least, can_interrupt
+        bench.run()
+        assert batch.output_token_ids == expected_output(batch)[0]
 
 
 def test_interruption_keeps_to_the_most_sequences_of_a_step():

@@ -216,9 +216,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         policy = make_policy(self.policy_name, model, limits, self.options)
         self.scheduler = Scheduler(policy, self.kv, model, limits)
         self.ranks = SimulatedRanks(block_size=4, num_host_blocks=self.num_host_blocks)
+        #: Plans that have not begun; results that are to come, of steps and of what interrupts them.
+        self.sent: deque[StepPlan] = deque()
         self.results: deque[StepResult] = deque()
-        self.interruptions: list[tuple[StepPlan, StepResult]] = []
-        self.last_plan: StepPlan | None = None
+        self.interruptions: list[StepResult] = []
+        #: The step that may run still, and what interrupted it.
+        self.running: list[StepPlan] = []
         self.alive: dict[int, Sequence] = {}
         self.num_sequences = 0
         self.now_s = 0.0
@@ -254,20 +257,27 @@ class SchedulerMachine(RuleBasedStateMachine):
     def wait(self, seconds):
         self.now_s += seconds
 
-    @precondition(lambda self: len(self.results) < 2)
+    @precondition(lambda self: len(self.sent) + len(self.results) < 2)
     @rule()
     def plan(self):
         plan = self.scheduler.plan(self.now_s)
         if plan is not None:
             assert sum(step.num_tokens for step in plan.sequences) <= self.max_batch_tokens
             assert len(plan.sequences) <= 5
-            self.results.append(self.ranks.execute(plan))
-            self.last_plan = plan
+            self.sent.append(plan)
 
-    @precondition(lambda self: len(self.results) < 2)
+    @precondition(lambda self: self.sent)
+    @rule()
+    def begin(self):
+        """The ranks have done all that came before, though its result may still be on its way."""
+        plan = self.sent.popleft()
+        self.results.append(self.ranks.execute(plan))
+        self.running = [plan]
+
+    @precondition(lambda self: len(self.sent) + len(self.results) < 2)
     @rule(num_prompt_tokens=st.integers(1, 9), max_new_tokens=st.integers(1, 3), num_gone=st.integers(0, 2))
     def urgent_arrival(self, num_prompt_tokens, max_new_tokens, num_gone):
-        """A step begins, some of its clients go, and a request comes that cannot wait for its end."""
+        """A step was sent, some of its clients go, and a request comes that cannot wait for its end."""
         self.plan()
         for sequence in [*self.alive.values()][:num_gone]:
             self.abort(sequence)
@@ -276,15 +286,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def interrupt(self):
         plan = self.scheduler.interrupt(self.now_s)
         if plan is not None:
-            assert len(self.results) == 1, "the ranks are about to run another"
-            assert len(self.interruptions) < 2
+            assert self.sent or self.results, "there is nothing to interrupt"
+            assert len(self.interruptions) < 4
             assert sum(step.num_tokens for step in plan.sequences) <= self.max_batch_tokens
-            running = [self.last_plan, *(interruption for interruption, _ in self.interruptions)]
-            self.interruptions.append((plan, self.ranks.execute_within(plan, *running)))
+            self.interruptions.append(self.ranks.execute_within(plan, *self.running))
+            self.running.append(plan)
 
     # What was sent before the interruption may end before it, if that came late; what was sent after it cannot.
     @precondition(
-        lambda self: self.results and all(self.results[0].step_id < result.step_id for _, result in self.interruptions)
+        lambda self: self.results and all(self.results[0].step_id < result.step_id for result in self.interruptions)
     )
     @rule(late_s=st.sampled_from([0.0, 0.02]))
     def commit(self, late_s=0.0):
@@ -296,10 +306,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(is_last=st.booleans())
     def commit_interruption(self, is_last=True):
         self.now_s += 0.005
-        _, result = self.interruptions.pop(-1 if is_last else 0)
-        self.take(result)
+        self.take(self.interruptions.pop(-1 if is_last else 0))
 
     def take(self, result):
+        self.running = [plan for plan in self.running if plan.step_id != result.step_id]
         for outcome in self.scheduler.commit(result, self.now_s):
             sequence = outcome.sequence
             tokens, reason = expected_output(sequence)
@@ -319,7 +329,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def restart(self):
         generation = self.ranks.generation + 1
         self.ranks = SimulatedRanks(block_size=4, generation=generation, num_host_blocks=self.num_host_blocks)
+        self.sent.clear()
         self.results.clear()
+        self.running.clear()
         self.interruptions.clear()
         self.scheduler.restart(generation)
 
@@ -333,16 +345,21 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def teardown(self):
         num_steps = 0
-        while self.alive or self.results or self.interruptions:
+        while self.alive or self.sent or self.results or self.interruptions:
             while self.interruptions:
                 self.commit_interruption()
-            self.plan()
-            assert self.results or self.interruptions, "sequences wait and nothing runs"
+            if not self.sent and not self.results:
+                self.plan()
+            assert self.sent or self.results or self.interruptions, "sequences wait and nothing runs"
+            if self.sent:
+                self.begin()
             if self.results and not self.interruptions:
                 self.commit()
             num_steps += 1
             assert num_steps < 2000, "a sequence starves"
         self.plan()
+        if self.sent:
+            self.begin()
         assert self.kv.num_free_blocks == self.kv.num_blocks
         assert self.ranks.tokens == {}, "a sequence was never released"
 

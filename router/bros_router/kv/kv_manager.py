@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
+from itertools import islice
 from typing import Final
 
 from bros_router.kv.block_pool import BlockPool
@@ -104,8 +106,9 @@ class KVManager:
         #: Blocks that a tail leaves: nothing else may move into them within the same step.
         self._move_sources: set[int] = set()
         self._held_back: list[int] = []
-        #: Blocks given back since the last step was planned: it may still read and write them.
-        self._unsettled: set[int] = set()
+        #: Blocks given back since the last step was planned, and those since the one before: that step may still read
+        #: and write them.
+        self._given_back: deque[set[int]] = deque([set(), set()], maxlen=2)
         self._may_share = preemption is Preemption.BIDIR
 
     # --- what there is
@@ -295,7 +298,7 @@ class KVManager:
             self._held_back.append(block_id)
         else:
             self._pool.give_back(block_id)
-            self._unsettled.add(block_id)
+            self._given_back[-1].add(block_id)
 
     def num_tokens_to_save(self, sequence_id: int, num_computed_tokens: int) -> int:
         """Tokens that would have to be copied to the host before the sequence's last block is taken; 0: none."""
@@ -421,20 +424,25 @@ class KVManager:
         self._move_sources.clear()
         for block_id in self._held_back:
             self._pool.give_back(block_id)
+        self._given_back[-1].update(self._held_back)
         self._held_back.clear()
         # Blocks are only given back with a release or by a victim, so the step that was planned is one that is sent.
-        self._unsettled.clear()
+        self._given_back.append(set())
         return copies
 
     @contextmanager
-    def beside_running_step(self) -> Iterator[None]:
-        """Within this, only whole blocks can be taken that were free when the last step was planned.
+    def beside_planned_steps(self, num_steps: int) -> Iterator[None]:
+        """Within this, only whole blocks can be taken that were free when the last step, or that before, was planned.
 
-        A step that runs in the middle of that one must not write where it still reads or writes: blocks whose sequences
-        have ended since, and their part of blocks that they shared.
+        What runs in the middle of that one must not write where it still reads or writes, or where the last one copies
+        from: blocks whose sequences have ended or given way since, and their part of blocks that they shared.
+
+        Args:
+            num_steps: how many of the steps that were planned may still have to run: 1 or 2.
         """
         may_share, self._may_share = self._may_share, False
-        set_aside = [block_id for block_id in self._unsettled if self._pool.is_free(block_id)]
+        given_back = set[int]().union(*islice(reversed(self._given_back), num_steps))
+        set_aside = [block_id for block_id in given_back if self._pool.is_free(block_id)]
         for block_id in set_aside:
             self._pool.take(block_id)
         try:

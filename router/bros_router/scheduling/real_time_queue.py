@@ -69,6 +69,11 @@ class RealTimeQueue:
         """The last moment at which what is left of a prompt still meets its target, alone."""
         return due_s(sequence) - self.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
 
+    def latest_hope_s(self, sequence: Sequence) -> float:
+        """The same if everything takes as long as predicted, and no longer."""
+        alone_s = self.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
+        return due_s(sequence) - alone_s / self._model.margin
+
     def alone_s(self, num_tokens: int, num_computed_tokens: int = 0) -> float:
         """Seconds that the next tokens of a prompt need with nothing else to do, by the model's bound."""
         return self._model.margin * self._model.prefill_s(num_tokens, num_computed_tokens, self._max_batch_tokens)

@@ -20,8 +20,9 @@ from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
 from bros_shard.protocol import NewSequence, SequenceResult, SequenceStep, StepPlan, StepResult, StepShape
 
-#: Interruptions of a step at a time: one, and one in the middle of it, for a short prompt that cannot wait for a long.
-_MOST_NESTED: Final = 2
+#: Interruptions at a time, each in the middle of the one before: a short prompt cannot wait for a long one. Few, since
+#: the ranks keep the activations of all of them.
+_MOST_NESTED: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,12 @@ class StepInFlight:
     victims: dict[int, RequestClass]
     #: The sequences for which the step samples a token.
     sampled: list[Sequence]
+    #: When those of them that get their first token want it.
+    first_due_s: list[float]
 
-
-def _spare_s(interruption: StepInFlight, margin: float) -> float:
-    """How much later an interruption may end than it would, with all its first tokens in time."""
-    due_s = min(first_token_deadline_s(sequence) for sequence in interruption.sampled)
-    return due_s - (interruption.start_s + margin * interruption.predicted_s)
+    def spare_s(self, end_s: float, bound_s: float) -> float:
+        """How much later than `bound_s` it may end, but for first tokens that are late if it ends at `end_s`."""
+        return min((due_s for due_s in self.first_due_s if due_s >= end_s), default=math.inf) - bound_s
 
 
 class Scheduler:
@@ -90,7 +91,7 @@ class Scheduler:
         self._running: dict[int, Sequence] = {}
         self._num_alive = dict.fromkeys(RequestClass, 0)
         self._in_flight: deque[StepInFlight] = deque()
-        #: By step id: what is run in the middle of the first of those in flight, or of an interruption before it.
+        #: By step id: what is run in the middle of those in flight, or of an interruption before it.
         self._interruptions: dict[int, StepInFlight] = {}
         #: The latest step that was planned: `plan` and `interrupt` return it as the ranks get it.
         self.last_step: StepInFlight | None = None
@@ -180,20 +181,24 @@ class Scheduler:
     def interrupt(self, now_s: float) -> StepPlan | None:
         """A step for the ranks to run in the middle of the one they are in, or `None` where nothing is that urgent.
 
-        It has new sequences alone, in blocks that the running step knows nothing of. What has ended since stays on the
-        ranks until the next plan, for the running step may still hold it. An interruption may be interrupted in turn,
-        as long as its own prompts stay in time; nothing is, once the next step was sent: that is about to begin.
+        It has new sequences alone, in blocks that those sent before it know nothing of. What has ended since stays on
+        the ranks until the next plan, for they may still hold it. An interruption may be interrupted in turn. Nothing
+        is at the cost of a first token that would be in time.
         """
-        if not self._policy.can_interrupt or len(self._in_flight) != 1 or len(self._interruptions) >= _MOST_NESTED:
+        if not self._policy.can_interrupt or not self._in_flight or len(self._interruptions) >= _MOST_NESTED:
             return None
-        interrupted = [*self._in_flight, *self._interruptions.values()]
-        running, margin = interrupted[-1], self._latency_model.margin
-        # After an interruption there may be the next; after a step comes one with about the same real-time decodes.
-        waiting_s = margin * (running.predicted_s + (0.0 if self._interruptions else running.rt_decode_s))
-        latest_end_s = now_s + min((_spare_s(step, margin) for step in self._interruptions.values()), default=math.inf)
+        margin = self._latency_model.margin
+        interrupted = [self._in_flight[0], *self._interruptions.values()]
+        running = interrupted[-1]
+        if self._interruptions:  # after it there may be the next
+            next_s = running.start_s + margin * running.predicted_s
+        else:  # after what was sent comes a step with about the same real-time decodes
+            waiting_s = sum(step.predicted_s for step in self._in_flight) + self._in_flight[-1].rt_decode_s
+            next_s = running.start_s + margin * waiting_s
+        latest_end_s = now_s + self._spare_s(now_s, margin)
         draft = self._draft(now_s, now_s)
-        with self._kv.beside_running_step():
-            self._policy.interrupt(draft, running.start_s + waiting_s, latest_end_s)
+        with self._kv.beside_planned_steps(len(self._in_flight)):
+            self._policy.interrupt(draft, max(now_s, next_s), latest_end_s)
         self._relegated += draft.relegated
         if not draft.chunks:
             return None
@@ -202,6 +207,18 @@ class Scheduler:
             step.start_s += interruption.predicted_s
         self._interruptions[interruption.step_id] = interruption
         return plan
+
+    def _spare_s(self, now_s: float, margin: float) -> float:
+        """How much later all that was sent may end, with the first tokens in time that would be."""
+        spare_s = math.inf
+        for step in self._interruptions.values():
+            end_s, bound_s = step.start_s + step.predicted_s, step.start_s + margin * step.predicted_s
+            spare_s = min(spare_s, step.spare_s(max(now_s, end_s), max(now_s, bound_s)))
+        end_s = bound_s = self._in_flight[0].start_s
+        for step in self._in_flight:
+            end_s, bound_s = max(now_s, end_s + step.predicted_s), max(now_s, bound_s + margin * step.predicted_s)
+            spare_s = min(spare_s, step.spare_s(end_s, bound_s))
+        return spare_s
 
     def _draft(self, now_s: float, start_s: float) -> StepDraft:
         return StepDraft(
@@ -254,8 +271,8 @@ class Scheduler:
         if is_early or not self._in_flight or self._in_flight[0].step_id != result.step_id:
             raise StepMismatchError(f"step {result.step_id} is not the one due")
         step = self._in_flight.popleft()
-        if self._in_flight:
-            self._in_flight[0].start_s = now_s
+        if self._in_flight:  # what interrupts came too late for the step that ended
+            self._in_flight[0].start_s = now_s + sum(late.predicted_s for late in self._interruptions.values())
         return step
 
     def restart(self, generation: int) -> None:
@@ -282,7 +299,7 @@ class Scheduler:
         self, draft: StepDraft, copies: Copies, releases: list[int], *, is_interruption: bool = False
     ) -> tuple[StepPlan, StepInFlight]:
         """Write the decision down: the message that the ranks get, and what is remembered of it. Counts it as done."""
-        steps, new_sequences, sampled = [], [], []
+        steps, new_sequences, sampled, first_due_s = [], [], [], []
         num_rt_decodes = num_rt_context_tokens = 0
         for sequence, num_tokens in draft.chunks:
             if not sequence.is_on_ranks:
@@ -299,6 +316,9 @@ class Scheduler:
             if num_computed_tokens + num_tokens == sequence.num_known_tokens:
                 sequence.num_in_flight_tokens += 1
                 sampled.append(sequence)
+                is_first = sequence.first_token_s is None and sequence.num_in_flight_tokens == 1
+                if is_first and sequence.targets is not None and not sequence.is_late:
+                    first_due_s.append(first_token_deadline_s(sequence))
         plan = StepPlan(
             self._generation,
             self._next_step_id,
@@ -325,6 +345,7 @@ class Scheduler:
             draft.max_num_sequences,
             draft.victims,
             sampled,
+            first_due_s,
         )
         self._next_step_id += 1
         return plan, step

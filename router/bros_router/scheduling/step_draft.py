@@ -181,22 +181,28 @@ class StepDraft:
         num_missing = self.shortfall(sequence, num_tokens)
         if num_missing == 0:
             return True
-        candidates = [
-            victim
-            for victim in victims
-            if victim is not sequence and not self.holds(victim) and self.kv.num_owned_blocks(victim.sequence_id)
-        ]
+        candidates = [victim for victim in victims if victim is not sequence and self._may_give(victim)]
         if sum(self.kv.num_owned_blocks(victim.sequence_id) for victim in candidates) < num_missing:
             return False
-        for victim in candidates:
-            if self.kv.preemption is Preemption.RECOMPUTE:
-                self.preempt(victim)
-            else:
-                while self.kv.num_owned_blocks(victim.sequence_id) and self.shortfall(sequence, num_tokens):
+        # It may still fail: where their tails share blocks with others, taking them frees too little.
+        return self._take(candidates, lambda: self.shortfall(sequence, num_tokens) == 0, end_s)
+
+    def keep_free(self, num_blocks: int, victims: Iterable[Sequence], end_s: float = math.inf) -> None:
+        """See to it that so many blocks are free, as far as `victims` have them; they lose them as in `make_room`."""
+        self._take(filter(self._may_give, victims), lambda: self.kv.num_free_blocks >= num_blocks, end_s)
+
+    def _may_give(self, victim: Sequence) -> bool:
+        return not self.holds(victim) and self.kv.num_owned_blocks(victim.sequence_id) > 0
+
+    def _take(self, victims: Iterable[Sequence], is_enough: Callable[[], bool], end_s: float) -> bool:
+        """Take the newest blocks of these, one victim after the other. Returns whether it is enough."""
+        for victim in victims:
+            while not is_enough() and self.kv.num_owned_blocks(victim.sequence_id):
+                if self.kv.preemption is Preemption.RECOMPUTE:
+                    self.preempt(victim)
+                else:
                     self._take_last_block(victim, end_s)
-            if self.shortfall(sequence, num_tokens) == 0:
-                return True
-        return False  # their tails shared blocks with others, so taking them freed too little
+        return is_enough()
 
     def _take_last_block(self, victim: Sequence, end_s: float) -> None:
         num_copied = self.kv.num_tokens_to_save(victim.sequence_id, victim.num_computed_tokens)

@@ -88,7 +88,7 @@ class Replica:
         self._prompts: dict[int, tuple[int, ...]] = {}
         self._num_submitted = 0
         self._steps: deque[_Step] = deque()
-        #: What is run in the middle of the first of these, each maybe in the middle of the one before.
+        #: What is run in the middle of these, each maybe in the middle of the one before.
         self._interruptions: list[_Step] = []
         #: When the devices have done all that was sent to them.
         self._free_s = 0.0
@@ -196,12 +196,15 @@ class Replica:
             return
         step = self._begin(plan, now_s + self._timing.send_s, planning_s)
         seconds = step.end_s - step.start_s
-        for running in [self._steps[0], *self._interruptions]:
-            if step.start_s < running.end_s:
-                running.interrupted_s += seconds
-                running.end_s += seconds
+        for other in [*self._steps, *self._interruptions]:
+            if step.start_s < other.end_s:
+                other.end_s += seconds
+                if step.start_s < other.start_s:
+                    other.start_s += seconds
+                else:
+                    other.interrupted_s += seconds
         self._interruptions.append(step)
-        self._free_s = max(self._steps[0].end_s, step.end_s)
+        self._free_s = max(self._steps[-1].end_s, step.end_s)
         if len(self._steps) < self._timing.max_steps_in_flight:
             self._plan_s = self._due_s(now_s)
 

@@ -9,7 +9,10 @@ import numpy as np
 
 
 class StepLog:
-    """One entry a step, in order. Simulated seconds, `planning_s` apart."""
+    """One entry a step, as they were planned: in order, but for those that interrupt others.
+
+    Simulated seconds, `planning_s` apart.
+    """
 
     def __init__(self) -> None:
         self.start_s = array("d")
@@ -68,5 +71,5 @@ class StepLog:
         return float(np.average(np.asarray(self.rt_kv_share[window]), weights=seconds))
 
     def _window(self, start_s: float, stop_s: float) -> slice:
-        """The steps that began in [start_s, stop_s)."""
+        """The steps that began in [start_s, stop_s), give or take one at each end."""
         return slice(bisect_left(self.start_s, start_s), bisect_left(self.start_s, stop_s))

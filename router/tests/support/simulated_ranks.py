@@ -60,6 +60,8 @@ class SimulatedRanks:
         self.num_host_blocks = num_host_blocks
         self.model = model or ExactModel()
         self.next_step_id = 0
+        #: Interruptions that were run before a step with a lower id.
+        self._run_ahead: set[int] = set()
         self.tokens: dict[int, list[int]] = {}
         self.seeds: dict[int, int] = {}
         self.capacities: dict[int, int] = {}
@@ -71,8 +73,14 @@ class SimulatedRanks:
         self._computed: set[tuple[int, int]] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
-        assert (plan.generation, plan.step_id) == (self.generation, self.next_step_id)
+        while self.next_step_id in self._run_ahead:
+            self.next_step_id += 1
+        assert plan.step_id == self.next_step_id
         self.next_step_id += 1
+        return self._execute(plan)
+
+    def _execute(self, plan: StepPlan) -> StepResult:
+        assert plan.generation == self.generation
         for sequence_id in plan.releases:
             for state in (self.tokens, self.seeds, self.capacities, self.tables):
                 del state[sequence_id]
@@ -93,7 +101,9 @@ class SimulatedRanks:
         read their context."""
         assert not (plan.releases or plan.copies_out or plan.tail_moves or plan.copies_in)
         assert {new.sequence_id for new in plan.new_sequences} == {step.sequence_id for step in plan.sequences}
-        result = self.execute(plan)
+        assert plan.step_id >= self.next_step_id and plan.step_id not in self._run_ahead
+        self._run_ahead.add(plan.step_id)
+        result = self._execute(plan)
         for step in itertools.chain.from_iterable(other.sequences for other in running):
             self._compute(step, self.tables[step.sequence_id])
         return result

@@ -14,6 +14,7 @@ from bros_router.scheduling.policies.turnover import Turnover
 from bros_router.scheduling.queues import WaitingQueue
 from bros_router.scheduling.sequence import Sequence
 from bros_router.scheduling.step_draft import StepDraft
+from bros_shard.block_layout import num_blocks_for
 from bros_shard.protocol import StepShape
 
 #: Tokens of the forced chunk for a sequence that has starved, and how often it may run, in steps.
@@ -96,6 +97,8 @@ class BestEffort:
     ) -> bool:
         """Go on with a prompt, or bring back what was taken. Returns whether there may be time and room for more."""
         if sequence.sequence_id in draft.victims or draft.num_sequences_left <= 0 or draft.num_tokens_left <= 0:
+            return False
+        if draft.chunks and not _leaves_reserve(draft, sequence):
             return False
         if not _give_room(draft, standing, sequence, sequence.num_pending_tokens):
             return False
@@ -187,8 +190,8 @@ def _give_room(draft: StepDraft, standing: Standing, sequence: Sequence, num_tok
 
 
 def _leaves_reserve(draft: StepDraft, sequence: Sequence) -> bool:
-    """Whether a new sequence leaves room for a burst, and for those that run to grow into."""
-    if not draft.running:
-        return True
-    num_blocks = -(-sequence.num_pending_tokens // draft.kv.block_size)
-    return draft.kv.num_free_blocks - num_blocks >= draft.kv.num_reserved_blocks
+    """Whether one that is let in, or comes back, leaves room for a burst, and for those that run to grow into."""
+    kv = draft.kv
+    num_known_tokens = sequence.num_computed_tokens + sequence.num_pending_tokens
+    num_blocks = num_blocks_for(num_known_tokens, kv.block_size) - kv.num_owned_blocks(sequence.sequence_id)
+    return not draft.running or num_blocks <= 0 or kv.num_free_blocks - num_blocks >= kv.num_reserved_blocks

@@ -179,6 +179,9 @@ class BrosPolicy:
         soft_end_s = self._soft_end_s(draft, limit_s)
         self._prefill_real_time(draft, standing, step_end, soft_end_s)
         self._run_late(draft, standing, min(step_end.for_all_s, soft_end_s))
+        if self.can_interrupt and draft.kv.num_free_blocks < draft.kv.num_reserved_blocks:
+            # An interruption can take nothing from anybody.
+            draft.keep_free(draft.kv.num_reserved_blocks, standing.be_victims(), step_end.for_best_effort_s)
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
             if self._options.gives_time_for_memory and standing.decoding:
@@ -201,7 +204,9 @@ class BrosPolicy:
             if len(draft.running) >= self.cap.value:
                 return  # the next step would have no place for it
             num_tokens = sequence.num_pending_tokens
-            end_s = min(end_s, due_s(sequence))
+            # One that is only late if the step is slow is worth a try.
+            hopes_s = draft.now_s + self._rt_waiting.alone_s(num_tokens)
+            end_s = min(end_s, max(due_s(sequence), hopes_s))
             if draft.largest_chunk(sequence, end_s) < num_tokens or draft.shortfall(sequence, num_tokens):
                 return
             self._rt_waiting.remove(sequence)
@@ -326,7 +331,7 @@ class BrosPolicy:
         assert sequence.targets is not None
         if not self._options.relegates or not sequence.targets.are_given or sequence.first_token_s is not None:
             return False
-        late_by_s = draft.start_s - self._rt_waiting.latest_start_s(sequence)
+        late_by_s = draft.start_s - self._rt_waiting.latest_hope_s(sequence)
         if late_by_s <= 0.0:
             return False
         self._rt_waiting.remove(sequence)
