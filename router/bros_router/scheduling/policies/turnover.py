@@ -12,9 +12,6 @@ from bros_shard.protocol import StepShape
 
 #: Latest best-effort sequences that count.
 _NUM_RECENT: Final = 64
-#: Share of the work of a step that best-effort sequences could use which they get. Less than all: real-time sequences
-#: keep a little memory in hand for the next burst. Measured, see `docs/scheduling.md`.
-_SHARE: Final = 0.6
 
 
 class Turnover:
@@ -24,6 +21,9 @@ class Turnover:
     ones take their place: for each token that comes out, a sequence with a prompt of p and an output of o tokens has
     brought p / o prompt tokens. With less time than that, memory lies idle or best-effort sequences hold it for long;
     with more, real-time sequences stay longer, hold more memory, and best-effort ones get less done, not more.
+
+    Of that work they get the share of the region that real-time sequences leave: near its end, what best-effort work
+    adds to a step fills the rest. Measured, see `docs/scheduling.md`.
     """
 
     def __init__(self) -> None:
@@ -43,10 +43,10 @@ class Turnover:
             return None
         num_prompt_tokens, num_output_tokens = self._num_prompt_tokens, self._num_output_tokens
         kv = draft.kv
-        num_blocks = kv.num_blocks - kv.num_used_blocks(RequestClass.RT) - kv.num_reserved_blocks
+        num_blocks = max(0, kv.num_blocks - kv.num_used_blocks(RequestClass.RT) - kv.num_reserved_blocks)
         # A sequence holds its prompt all the time, and half of its output on average.
         context = num_prompt_tokens + num_output_tokens / 2
-        num_decodes = _SHARE * max(0, num_blocks) * kv.block_size / context
+        num_decodes = num_blocks / kv.num_blocks * num_blocks * kv.block_size / context
         num_prefill_tokens = num_decodes * num_prompt_tokens / num_output_tokens
         shape = draft.shape
         return StepShape(
