@@ -11,7 +11,7 @@ TGI_CLIENT := .venv-tgi-client
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak check format format-check lint types bench bench-kernels eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak check format format-check lint types bench bench-kernels bench-prefix eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -64,6 +64,9 @@ bench-kernels: install-dev
 
 bench: install-dev
 	$(BIN)/python -m bros_benchmarks.serving
+
+bench-prefix: install-dev
+	$(BIN)/python -m bros_benchmarks.prefix
 
 # The evaluation of docs/evaluation.md. ARGS=--quick for minutes instead of an hour or more.
 eval-sim: install-dev

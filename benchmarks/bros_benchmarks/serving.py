@@ -2,6 +2,7 @@
 
 The machine may be shared and its speed may drift, so the two run alternately and the ratios are taken within each
 round. Prompts are ragged, 64 to 192 tokens; `generate` gets them as one left-padded batch, and one after the other.
+They are the same in each round, so the server's prefix cache is off.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     model = make_checkpoint(SMOLLM2_135M, options.folder)
     baseline = Baseline(model)
-    server = ServerUnderTest(model, options.threads, options.folder / "serving.log")
+    server = ServerUnderTest(model, options.threads, options.folder / "serving.log", "--disable-prefix-caching")
     rounds: dict[int, list[Round]] = {concurrency: [] for concurrency in CONCURRENCIES}
     try:
         with Progress() as progress:

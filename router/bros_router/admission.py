@@ -119,8 +119,11 @@ class AdmissionController:
         self._decode_share = 0.0
         self._decoded_s = -math.inf
 
-    def judge(self, request: ValidRequest, now_s: float) -> Terms:
+    def judge(self, request: ValidRequest, now_s: float, num_cached_tokens: int = 0) -> Terms:
         """The terms on which a request that arrives now would be accepted. Changes nothing.
+
+        Args:
+            num_cached_tokens: so many tokens of its prompt need not be computed.
 
         Raises:
             OverloadedError: the queue of its class is full.
@@ -133,7 +136,7 @@ class AdmissionController:
         terms = Terms(RequestClass.RT, targets)
         if self._demand is None or not targets.are_given:
             return terms
-        work_s = self._work_s(len(request.prompt_token_ids), 0, now_s)
+        work_s = self._work_s(len(request.prompt_token_ids), num_cached_tokens, now_s)
         deadline_s = now_s + targets.ttft_s
         earliest_s = self._demand.earliest_deadline_s(work_s, deadline_s, now_s)
         if earliest_s <= deadline_s:
@@ -145,15 +148,18 @@ class AdmissionController:
         relaxed = replace(targets, ttft_s=earliest_s - now_s)
         return replace(terms, targets=relaxed, admission=Admission.RELAXED)
 
-    def accepted(self, sequence_id: int, request: ValidRequest, terms: Terms, now_s: float) -> None:
+    def accepted(
+        self, sequence_id: int, request: ValidRequest, terms: Terms, now_s: float, num_cached_tokens: int = 0
+    ) -> None:
         """A request was queued on these terms."""
         num_tokens = len(request.prompt_token_ids)
-        self._queued[sequence_id] = _Queued(request.request_class, num_tokens, num_tokens)
-        self._num_queued_tokens[request.request_class] += num_tokens
+        num_left_tokens = num_tokens - num_cached_tokens
+        self._queued[sequence_id] = _Queued(request.request_class, num_tokens, num_left_tokens)
+        self._num_queued_tokens[request.request_class] += num_left_tokens
         if self._demand is not None and terms.targets is not None and not terms.is_degraded:
             self._demand.put(
                 sequence_id,
-                self._work_s(num_tokens, 0, now_s),
+                self._work_s(num_tokens, num_cached_tokens, now_s),
                 now_s + terms.targets.ttft_s,
                 is_binding=terms.targets.are_given,
                 now_s=now_s,

@@ -302,6 +302,9 @@ class RankConfig:
         default_text="as much as the KV cache, at most a quarter of the free memory",
     )
     block_size: int = flag(64, "Tokens in a block of the KV cache: a power of two from 16 to 256.", is_ours=True)
+    disable_prefix_caching: bool = flag(
+        False, "Compute every prompt from its first token, whatever the KV cache holds of it.", is_ours=True
+    )
     #: 0: the cores divided by the ranks.
     cpu_threads: int = flag(0, "CPU threads of each rank.", minimum=1, is_ours=True, default_text="cores / ranks")
     cuda_memory_fraction: float = flag(1.0, "Share of each GPU's memory that may be used.", minimum=0.01, maximum=1.0)

@@ -187,7 +187,9 @@ class StepEngine:
         if not self._is_accepting:
             raise ServiceUnavailableError
         now_s = time.monotonic()
-        terms = self._admission.judge(request, now_s)
+        block_hashes = self._scheduler.block_hashes(request.prompt_token_ids)
+        num_cached_tokens = self._kv.num_cached_tokens(block_hashes or ())
+        terms = self._admission.judge(request, now_s, num_cached_tokens)
         sequence = Sequence(
             sequence_id=self._next_sequence_id,
             request_class=terms.request_class,
@@ -198,11 +200,12 @@ class StepEngine:
             arrival_s=now_s,
             targets=terms.targets,
             is_late=terms.is_degraded,
+            block_hashes=block_hashes,
         )
         self._next_sequence_id += 1
         reply = Reply(self, request, terms, sequence, self._model.tokenizer)
         self._replies[sequence.sequence_id] = reply
-        self._admission.accepted(sequence.sequence_id, request, terms, now_s)
+        self._admission.accepted(sequence.sequence_id, request, terms, now_s, num_cached_tokens)
         self._scheduler.add(sequence)
         if request.deadline_s is not None:
             reply.expiry = asyncio.get_running_loop().call_later(request.deadline_s, self._expire, reply)
@@ -420,6 +423,9 @@ class StepEngine:
         if reply.last_token_s is None:
             self._admission.progressed(sequence.sequence_id, sequence.num_prompt_tokens, now_s)
             self._metrics.observe_ttft(sequence.request_class, now_s - sequence.arrival_s)
+            self._metrics.prompt_computed(
+                sequence.request_class, sequence.num_prompt_tokens, num_cached=sequence.num_reused_tokens
+            )
         else:
             self._metrics.observe_inter_token(sequence.request_class, now_s - reply.last_token_s)
         reply.last_token_s = now_s
@@ -455,7 +461,8 @@ class StepEngine:
         self._metrics.set_kv_blocks(
             rt=self._kv.num_used_blocks(RequestClass.RT),
             be=self._kv.num_used_blocks(RequestClass.BE),
-            free=self._kv.num_free_blocks,
+            cached=self._kv.num_idle_blocks,
+            free=self._kv.num_free_blocks - self._kv.num_idle_blocks,
         )
 
 

@@ -237,11 +237,18 @@ class Metrics:
         """How many requests wait for their first step."""
         self._queue_size.set(num_waiting)
 
-    def set_kv_blocks(self, *, rt: int, be: int, free: int) -> None:
-        """Who has the KV blocks: a block that both classes share counts as real-time."""
+    def set_kv_blocks(self, *, rt: int, be: int, cached: int, free: int) -> None:
+        """Who has the KV blocks: one that both classes use counts as real-time, an unused one that may be asked for again
+        as cached."""
         self._kv_blocks.labels("rt").set(rt)
         self._kv_blocks.labels("be").set(be)
+        self._kv_blocks.labels("cached").set(cached)
         self._kv_blocks.labels("free").set(free)
+
+    def prompt_computed(self, request_class: RequestClass, num_tokens: int, *, num_cached: int) -> None:
+        """A prompt has so many tokens, and so many of them were in the KV cache when it began."""
+        self._classes.prompt_tokens.labels(request_class.value).inc(num_tokens)
+        self._classes.cached_tokens.labels(request_class.value).inc(num_cached)
 
     def observe_ttft(self, request_class: RequestClass, seconds: float) -> None:
         """A sequence got its first token this long after it was queued."""
@@ -330,6 +337,18 @@ class _ClassSeries:
         )
         self.preemptions = Counter(
             "bros_preemptions_total", "Times that a sequence lost KV to another, by class", ["class"], registry=registry
+        )
+        self.prompt_tokens = Counter(
+            "bros_prompt_tokens_total",
+            "Tokens of prompts that got a first token, by class",
+            ["class"],
+            registry=registry,
+        )
+        self.cached_tokens = Counter(
+            "bros_prompt_tokens_cached_total",
+            "Those of them that were in the KV cache when their prompt began, by class",
+            ["class"],
+            registry=registry,
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import secrets
 import signal
 import time
 from socket import AF_INET6, socket
@@ -18,6 +19,7 @@ from bros_router.app import create_app, create_runner
 from bros_router.breaker import Breaker
 from bros_router.config import ServerConfig
 from bros_router.engine import EngineModel, StepEngine
+from bros_router.kv.block_hasher import BlockHasher
 from bros_router.kv.kv_manager import KVManager, Preemption
 from bros_router.logs import log_rank_line
 from bros_router.metrics import Metrics
@@ -233,7 +235,8 @@ def make_engine(
     limits = SchedulerLimits(batch.max_batch_prefill_tokens, batch.max_batch_size, hello.can_interrupt)
     latency_model = LatencyModel(info.profile.points)
     policy = make_policy(scheduling.scheduler, latency_model, limits, options)
-    scheduler = Scheduler(policy, kv, latency_model, limits, shards.generation)
+    hasher = None if config.ranks.disable_prefix_caching else BlockHasher(hello.block_size, secrets.token_bytes(32))
+    scheduler = Scheduler(policy, kv, latency_model, limits, shards.generation, hasher)
     admission = AdmissionController(
         latency_model,
         limits.max_batch_tokens,

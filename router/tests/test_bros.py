@@ -377,9 +377,9 @@ def test_best_effort_work_gets_time_beside_decodes_as_it_gets_memory():
         bench.step()
         batch = bench.add(BE, 500)
         chunks[num_blocks] = sum(n for sequence_id, _, n in bench.step() if sequence_id == batch.sequence_id)
-    # With 240 blocks, 188 are left beside those of the decodes and a reserve of 12: 30 sequences of 100 tokens. They get
-    # the same share of that as of the region, so 23. Each decodes, and brings 4.5 tokens of a prompt: 129, 128 in 16s.
-    # With 440 blocks 51 decode.
+    # With 240 blocks, 188 are left beside those of the decodes and a reserve of 12: 30 sequences of 100 tokens. They
+    # get the same share of that as of the region, so 23. Each decodes, and brings 4.5 tokens of a prompt: 129, or 128
+    # in 16s. With 440 blocks 51 decode.
     assert chunks == {60: 0, 240: 128, 440: 272}
 
 

@@ -90,6 +90,7 @@ def test_variables_of_our_own_flags_meet_nobody_elses():
         "--kv-cache-memory": "BROS_KV_CACHE_MEMORY",
         "--kv-slots-limit": "BROS_KV_SLOTS_LIMIT",
         "--block-size": "BROS_BLOCK_SIZE",
+        "--disable-prefix-caching": "BROS_DISABLE_PREFIX_CACHING",
         "--cpu-threads": "BROS_CPU_THREADS",
     }
 

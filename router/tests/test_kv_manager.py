@@ -186,7 +186,8 @@ def test_beside_a_running_step_only_what_it_does_not_know_of_is_free(kv):
     grow(kv, 1, RT, 8)
     grow(kv, 2, BE, 2)
     grow(kv, 3, RT, 2)  # beside sequence 2
-    kv.take_copies()  # the step begins
+    kv.take_copies()
+    kv.step_planned()  # the step begins
     assert (kv.num_free_blocks, kv.num_shared_blocks) == (2, 1)
     kv.release(1)
     kv.release(3)
@@ -196,7 +197,8 @@ def test_beside_a_running_step_only_what_it_does_not_know_of_is_free(kv):
         kv.grow(4, RT, 9)
     assert kv.take_changes(4)[1] == [forward_entry(1), forward_entry(2)]  # not the gap that sequence 3 left
     assert kv.num_free_blocks == 1
-    kv.take_copies()  # the next step was planned
+    kv.take_copies()
+    kv.step_planned()
     with kv.beside_planned_steps(2):  # the first may still run
         assert kv.num_free_blocks == 0
     with kv.beside_planned_steps(1):
@@ -208,8 +210,10 @@ def test_beside_two_steps_nothing_is_free_that_the_second_copies_from(kv):
     """Its copies wait for the first one's end: what runs before that must not write over what they read."""
     grow(kv, 1, BE, 24)
     kv.take_copies()
+    kv.step_planned()
     kv.take_last_block(1, 24, is_saved=True)
     assert kv.take_copies().out
+    kv.step_planned()
     num_free = kv.num_free_blocks
     with kv.beside_planned_steps(2):
         assert kv.num_free_blocks == num_free - 1
@@ -223,9 +227,11 @@ def test_beside_two_steps_nothing_is_free_that_a_tail_of_the_second_leaves(kv):
     grow(kv, 3, RT, 2)  # beside sequence 1
     kv.release(2)
     kv.take_copies()
+    kv.step_planned()
     grow(kv, 3, RT, 7)  # the best-effort tail leaves
     kv.release(3)
     assert kv.take_copies().tail_moves
+    kv.step_planned()
     num_free = kv.num_free_blocks
     with kv.beside_planned_steps(2):
         assert kv.num_free_blocks == num_free - 1

@@ -128,7 +128,8 @@ def test_what_is_ours_is_told_by_class_and_owner():
     metrics = Metrics()
     metrics.observe_ttft(RequestClass.RT, 0.5)
     metrics.observe_inter_token(RequestClass.BE, 0.25)
-    metrics.set_kv_blocks(rt=3, be=4, free=5)
+    metrics.set_kv_blocks(rt=3, be=4, cached=6, free=5)
+    metrics.prompt_computed(RequestClass.BE, 20, num_cached=16)
     metrics.frame_dropped("malformed")
     assert ours(metrics) == {
         'bros_time_to_first_token_seconds_count{class="rt"}': 1,
@@ -137,7 +138,10 @@ def test_what_is_ours_is_told_by_class_and_owner():
         'bros_inter_token_latency_seconds_sum{class="be"}': 0.25,
         'bros_kv_blocks{owner="rt"}': 3,
         'bros_kv_blocks{owner="be"}': 4,
+        'bros_kv_blocks{owner="cached"}': 6,
         'bros_kv_blocks{owner="free"}': 5,
+        'bros_prompt_tokens_total{class="be"}': 20,
+        'bros_prompt_tokens_cached_total{class="be"}': 16,
         'bros_frames_dropped_total{reason="malformed"}': 1,
     }
 

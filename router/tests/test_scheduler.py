@@ -16,6 +16,7 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from bros_router.kv.block_hasher import BlockHasher
 from bros_router.kv.kv_manager import KVManager, Preemption
 from bros_router.request import FinishReason, RequestClass
 from bros_router.scheduling.batch_cap import CapControl
@@ -205,6 +206,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     options = PolicyOptions()
     num_host_blocks = 5
     max_batch_tokens = 9
+    has_cache = False
     sequences = Bundle("sequences")
 
     def __init__(self) -> None:
@@ -214,8 +216,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         limits = SchedulerLimits(self.max_batch_tokens, max_num_sequences=5, can_interrupt=True)
         model = ExactModel()
         policy = make_policy(self.policy_name, model, limits, self.options)
-        self.scheduler = Scheduler(policy, self.kv, model, limits)
-        self.ranks = SimulatedRanks(block_size=4, num_host_blocks=self.num_host_blocks)
+        hasher = BlockHasher(4, b"salt") if self.has_cache else None
+        self.scheduler = Scheduler(policy, self.kv, model, limits, hasher=hasher)
+        self.ranks = self.make_ranks(0)
         #: Plans that have not begun; results that are to come, of steps and of what interrupts them.
         self.sent: deque[StepPlan] = deque()
         self.results: deque[StepResult] = deque()
@@ -226,6 +229,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.num_sequences = 0
         self.now_s = 0.0
 
+    def make_ranks(self, generation):
+        return SimulatedRanks(4, generation, self.num_host_blocks, is_shared=self.has_cache)
+
     @rule(
         target=sequences,
         num_prompt_tokens=st.integers(1, 16),
@@ -234,8 +240,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         eos=st.frozensets(st.integers(0, VOCAB_SIZE - 1), max_size=6),
         ttft_s=st.sampled_from([0.03, 0.1, 1.0]),
         are_given=st.booleans(),
+        family=st.sampled_from([0, 1, None]),
     )
-    def add(self, num_prompt_tokens, max_new_tokens, request_class, eos, ttft_s, are_given):
+    def add(self, num_prompt_tokens, max_new_tokens, request_class, eos, ttft_s, are_given, family=0):
         sequence = make_sequence(
             self.num_sequences,
             num_prompt_tokens,
@@ -246,7 +253,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             ttft_s=ttft_s,
             tpot_s=0.03,
             are_given=are_given,
+            family=family,
         )
+        sequence.block_hashes = self.scheduler.block_hashes(sequence.prompt_token_ids)
         self.num_sequences += 1
         self.alive[sequence.sequence_id] = sequence
         self.scheduler.add(sequence)
@@ -328,7 +337,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def restart(self):
         generation = self.ranks.generation + 1
-        self.ranks = SimulatedRanks(block_size=4, generation=generation, num_host_blocks=self.num_host_blocks)
+        self.ranks = self.make_ranks(generation)
         self.sent.clear()
         self.results.clear()
         self.running.clear()
@@ -382,13 +391,15 @@ _MACHINES = [
 ]
 
 
+@pytest.mark.parametrize("has_cache", [False, True])
 @pytest.mark.parametrize(("name", "preemption", "num_host_blocks", "max_batch_tokens", "bros"), _MACHINES)
-def test_nothing_is_lost_whatever_comes(name, preemption, num_host_blocks, max_batch_tokens, bros):
+def test_nothing_is_lost_whatever_comes(name, preemption, num_host_blocks, max_batch_tokens, bros, has_cache):
     """Every sequence ends once with its own tokens, every slot read is what its owner wrote, and memory comes back."""
     attributes = {
         "policy_name": name,
         "options": PolicyOptions(preemption=preemption, bros=bros),
         "num_host_blocks": num_host_blocks,
         "max_batch_tokens": max_batch_tokens,
+        "has_cache": has_cache,
     }
     run_state_machine_as_test(type("Machine", (SchedulerMachine,), attributes), settings=_machine_settings)

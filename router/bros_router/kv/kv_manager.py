@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
@@ -12,6 +12,7 @@ from typing import Final
 
 from bros_router.kv.block_pool import BlockPool
 from bros_router.kv.host_pool import HostPool
+from bros_router.kv.prefix_cache import CachedBlock, PrefixCache
 from bros_router.request import RequestClass
 from bros_shard.block_layout import block_of, forward_entry, num_blocks_for, reversed_entry
 from bros_shard.protocol import HostCopy, TailMove
@@ -60,6 +61,8 @@ class _Owner:
     first_changed_index: int = 0
     #: Copies on the host, by index in `entries`; an index beyond them can be restored.
     host_copies: dict[int, _HostCopy] = field(default_factory=dict)
+    #: So many of the entries were published, or came from the cache.
+    num_published: int = 0
 
 
 @dataclass(slots=True)
@@ -81,6 +84,9 @@ class KVManager:
     (`bros_shard.block_layout` has the arithmetic, `docs/kv-cache.md` the rules).
 
     Ask with `shortfall`, then act with `grow`. What a step must copy accumulates until `take_copies`.
+
+    A full block can be *published* under the hash of what it holds. Others then `attach` it, of either class; whose it
+    was keeps no right to it. When nobody uses it any more it stays until its memory is needed, and counts as free.
     """
 
     def __init__(
@@ -96,6 +102,10 @@ class KVManager:
         self.num_reserved_blocks = 0
         self._pool = BlockPool(num_blocks)
         self._host = HostPool(num_host_blocks if preemption is not Preemption.RECOMPUTE else 0)
+        self._cache = PrefixCache(num_blocks)
+        #: Steps that were sent, those that run in the middle of others aside. Blocks that are filled before this one
+        #: may be attached now.
+        self._num_plans = self._visible_before = 0
         self._owners: dict[int, _Owner] = {}
         self._num_used = dict.fromkeys(RequestClass, 0)
         self._num_shared = 0
@@ -120,8 +130,13 @@ class KVManager:
 
     @property
     def num_free_blocks(self) -> int:
-        """Blocks that nobody owns."""
-        return self._pool.num_free
+        """Blocks that nobody uses."""
+        return self._pool.num_free + self._cache.num_idle
+
+    @property
+    def num_idle_blocks(self) -> int:
+        """Those of the free blocks that hold what may be asked for again."""
+        return self._cache.num_idle
 
     @property
     def num_free_host_blocks(self) -> int:
@@ -139,14 +154,38 @@ class KVManager:
         return self._num_shared
 
     def num_used_blocks(self, request_class: RequestClass) -> int:
-        """Blocks that sequences of this class own; a shared block counts for real-time alone."""
+        """Blocks that sequences of this class use; one that both classes use counts for real-time alone."""
         shared = self._num_shared if request_class is RequestClass.BE else 0
-        return self._num_used[request_class] - shared
+        return self._num_used[request_class] - shared - self._cache.num_extra_users[request_class]
 
     def num_owned_blocks(self, sequence_id: int) -> int:
         """Blocks that hold tokens of the sequence; 0 where it is unknown."""
         owner = self._owners.get(sequence_id)
         return len(owner.entries) if owner else 0
+
+    def num_own_blocks(self, sequence_id: int) -> int:
+        """Those of its blocks that nobody else reads: taking others frees nothing, unless all readers lose them."""
+        return self.num_owned_blocks(sequence_id) - len(self._read_by_others(sequence_id))
+
+    def num_blocks_freed(self, sequence_ids: Iterable[int]) -> int:
+        """How many blocks there would be if all of these sequences lost theirs."""
+        num_blocks = 0
+        num_readers = Counter[CachedBlock]()
+        for sequence_id in sequence_ids:
+            num_blocks += self.num_own_blocks(sequence_id)
+            num_readers.update(self._read_by_others(sequence_id))
+        return num_blocks + sum(count == block.num_users for block, count in num_readers.items())
+
+    def _read_by_others(self, sequence_id: int) -> list[CachedBlock]:
+        """They stand in front: the hash of a block covers all before it."""
+        owner = self._owners.get(sequence_id)
+        blocks: list[CachedBlock] = []
+        for entry in owner.entries[: owner.num_published] if owner else ():
+            block = self._cache.of(block_of(entry))
+            if block is None or block.num_users == 1:
+                break
+            blocks.append(block)
+        return blocks
 
     # --- growing
 
@@ -159,7 +198,7 @@ class KVManager:
             if num_new <= 0 and owner.partner is None:
                 return 0
         is_tail_leaving = owner is not None and self._meets_partner(owner, num_tokens)
-        num_missing = max(0, num_new) + is_tail_leaving - self._pool.num_free
+        num_missing = max(0, num_new) + is_tail_leaving - self.num_free_blocks
         if num_missing <= 0:
             return 0
         # What needs no block of its own: the new last block, and a tail that has to leave.
@@ -182,8 +221,8 @@ class KVManager:
         num_new = num_blocks_for(num_tokens, self.block_size) - len(owner.entries)
         is_tail_leaving = self._meets_partner(owner, num_tokens)
         if num_new > 0 or is_tail_leaving:
-            num_left = self._pool.num_free - num_new - is_tail_leaving
-            is_tight = num_left < 0 or self._pool.num_free <= self.num_reserved_blocks
+            num_free = self.num_free_blocks
+            is_tight = num_free < num_new + is_tail_leaving or num_free <= self.num_reserved_blocks
             if is_tail_leaving:
                 self._part(owner, num_tokens, is_tight, is_to_fill=num_new > 0)
             for position in range(num_new):
@@ -203,6 +242,8 @@ class KVManager:
         self._num_used[owner.request_class] += 1
 
     def _take_block(self, request_class: RequestClass) -> int:
+        if not self._pool.num_free:
+            return self._cache.give_up()
         return self._pool.take_lowest() if request_class is RequestClass.RT else self._pool.take_highest()
 
     # --- sharing
@@ -271,13 +312,91 @@ class KVManager:
         if leaving.sequence_id not in self._moves:  # a second move within a step starts where the first did
             self._moves[leaving.sequence_id] = _Move(leaving, index, source_entry, size)
 
+    # --- reading what others have computed
+
+    def num_cached_tokens(self, hashes: Sequence[bytes]) -> int:
+        """Tokens that a new sequence with these block hashes would find computed."""
+        return len(self._cache.find(hashes, 0, self._visible_before)) * self.block_size
+
+    def attach(self, sequence_id: int, request_class: RequestClass, hashes: Sequence[bytes]) -> int:
+        """Let a sequence read the blocks that hold what comes after its own ones, which are full and computed.
+
+        Args:
+            hashes: those of its blocks from the first one on. The last known token must not be among them: computing it
+                gives the next.
+
+        Returns:
+            How many of its tokens are computed then.
+        """
+        owner = self._owners.get(sequence_id)
+        num_entries = len(owner.entries) if owner else 0
+        found = self._cache.find(hashes, num_entries, self._visible_before)
+        if not found:
+            return num_entries * self.block_size
+        if owner is None:
+            owner = self._owners[sequence_id] = _Owner(sequence_id, request_class)
+        assert owner.partner is None, "its last block is not full"
+        for index, block in enumerate(found, start=num_entries):
+            self._cache.hold(block, request_class)
+            owner.entries.append(block.entry)
+            self._num_used[request_class] += 1
+            copy = owner.host_copies.get(index)
+            if copy is not None:
+                self._host.mark_spare(copy.host_block, sequence_id, index)
+        owner.num_published = len(owner.entries)
+        owner.num_tokens = len(owner.entries) * self.block_size
+        return owner.num_tokens
+
+    def detach(self, sequence_id: int, num_blocks: int) -> None:
+        """Undo `attach`: the sequence has `num_blocks` blocks again, or fewer."""
+        owner = self._owners.get(sequence_id)
+        if owner is None:
+            return
+        while len(owner.entries) > num_blocks:
+            self._drop_last(owner)
+            copy = owner.host_copies.get(len(owner.entries))
+            if copy is not None:
+                self._host.mark_needed(copy.host_block)
+        if not owner.entries and not owner.host_copies:
+            del self._owners[sequence_id]
+
+    def publish(
+        self, sequence_id: int, hashes: Sequence[bytes], num_computed_tokens: int, *, is_interruption: bool = False
+    ) -> None:
+        """The full blocks of these hashes may be read by others from the next plan on.
+
+        Args:
+            num_computed_tokens: computed once the last plan has run, or what is about to interrupt it.
+        """
+        owner = self._owners[sequence_id]
+        # When a step that interrupts others runs is not known but for this: before the next plan.
+        plan_number = self._num_plans if is_interruption else self._num_plans - 1
+        num_full = min(len(hashes), num_computed_tokens // self.block_size, len(owner.entries))
+        for index in range(owner.num_published, num_full):
+            self._cache.put(hashes[index], owner.entries[index], plan_number, owner.request_class)
+        owner.num_published = max(owner.num_published, num_full)
+
+    def forget_cached(self) -> None:
+        """What the region held is lost, and nobody uses any of it."""
+        for block_id in self._cache.clear():
+            self._pool.give_back(block_id)
+
     # --- giving up
 
-    def release(self, sequence_id: int) -> None:
-        """Take everything back, host copies too. A sequence that owns nothing is left alone."""
+    def release(self, sequence_id: int, *, is_sound: bool = True) -> None:
+        """Take everything back, host copies too. A sequence that owns nothing is left alone.
+
+        Args:
+            is_sound: whether what it computed may be read by others.
+        """
         owner = self._owners.pop(sequence_id, None)
         if owner is None:
             return
+        if not is_sound:
+            for entry in owner.entries:
+                block = self._cache.of(block_of(entry))
+                if block is not None and block.num_users == 1:
+                    self._cache.forget(block)
         while owner.entries:
             self._drop_last(owner)
         for copy in owner.host_copies.values():
@@ -292,7 +411,12 @@ class KVManager:
         self._num_used[owner.request_class] -= 1
         owner.num_tokens = min(owner.num_tokens, len(owner.entries) * self.block_size)
         owner.first_changed_index = min(owner.first_changed_index, len(owner.entries))
-        if owner.partner is not None:
+        owner.num_published = min(owner.num_published, len(owner.entries))
+        block = self._cache.of(block_id)
+        if block is not None:
+            self._cache.let_go(block, owner.request_class)
+            self._given_back[-1].add(block_id)
+        elif owner.partner is not None:
             self._unpair(owner)
         elif block_id in self._move_sources:
             self._held_back.append(block_id)
@@ -407,7 +531,7 @@ class KVManager:
         return first, owner.entries[first:]
 
     def take_copies(self) -> Copies:
-        """What the step that was planned must copy. The next step begins with none."""
+        """What the step that was composed must copy. The next one begins with none."""
         moves = [
             TailMove(move.source_entry, move.owner.entries[move.index], move.num_tokens)
             for move in self._moves.values()
@@ -426,16 +550,21 @@ class KVManager:
             self._pool.give_back(block_id)
         self._given_back[-1].update(self._held_back)
         self._held_back.clear()
-        # Blocks are only given back with a release or by a victim, so the step that was planned is one that is sent.
-        self._given_back.append(set())
         return copies
+
+    def step_planned(self) -> None:
+        """The step that was composed is sent: what is given back or published from now on came after it."""
+        self._given_back.append(set())
+        self._num_plans += 1
+        self._visible_before = self._num_plans
 
     @contextmanager
     def beside_planned_steps(self, num_steps: int) -> Iterator[None]:
         """Within this, only whole blocks can be taken that were free when the last step, or that before, was planned.
 
         What runs in the middle of that one must not write where it still reads or writes, or where the last one copies
-        from: blocks whose sequences have ended or given way since, and their part of blocks that they shared.
+        from: blocks whose sequences have ended or given way since, and their part of blocks that they shared. Nor can
+        it read what these steps are to compute.
 
         Args:
             num_steps: how many of the steps that were planned may still have to run: 1 or 2.
@@ -445,12 +574,16 @@ class KVManager:
         set_aside = [block_id for block_id in given_back if self._pool.is_free(block_id)]
         for block_id in set_aside:
             self._pool.take(block_id)
+        self._cache.keep(frozenset(given_back))
+        self._visible_before = self._num_plans - num_steps
         try:
             yield
         finally:
             self._may_share = may_share
             for block_id in set_aside:
                 self._pool.give_back(block_id)
+            self._cache.keep(frozenset())
+            self._visible_before = self._num_plans
 
     # --- checking
 
@@ -465,14 +598,29 @@ class KVManager:
             assert num_blocks_for(owner.num_tokens, self.block_size) == len(owner.entries), "tokens without a block"
             for entry in owner.entries:
                 owners.setdefault(block_of(entry), []).append(owner)
+        num_shared = 0
         for block_id, sharers in owners.items():
             assert not self._pool.is_free(block_id), "an owned block counts as free"
-            if len(sharers) > 1:
+            block = self._cache.of(block_id)
+            if block is not None:
+                for request_class, num_users in zip(
+                    (RequestClass.RT, RequestClass.BE), (block.num_rt_users, block.num_be_users), strict=True
+                ):
+                    assert num_users == sum(owner.request_class is request_class for owner in sharers), (
+                        "miscounted users"
+                    )
+            elif len(sharers) > 1:
+                num_shared += 1
                 self._check_shared(block_id, sharers)
-        num_shared = sum(len(sharers) > 1 for sharers in owners.values())
         assert num_shared == self._num_shared, "the count of shared blocks is off"
         assert num_shared * 2 == sum(owner.partner is not None for owner in self._owners.values())
-        assert len(owners) + self._pool.num_free == self._pool.num_blocks, "a block is lost"
+        assert len(owners) + self.num_free_blocks == self._pool.num_blocks, "a block is lost"
+        for request_class in RequestClass:
+            is_rt = request_class is RequestClass.RT
+            num_blocks = sum(
+                any(owner.request_class is RequestClass.RT for owner in sharers) is is_rt for sharers in owners.values()
+            )
+            assert num_blocks == self.num_used_blocks(request_class), "blocks of a class are miscounted"
         num_free = sum(self._pool.is_free(block_id) for block_id in range(self._pool.num_blocks))
         assert num_free == self._pool.num_free, "the count of free blocks is off"
         for request_class in RequestClass:

@@ -48,7 +48,7 @@ class RealTimeQueue:
         """Add a sequence that is not in the queue."""
         assert sequence.targets is not None
         self._latest_ttft_s = sequence.targets.ttft_s
-        self._work_s += self.alone_s(sequence.num_pending_tokens)
+        self._work_s += self.left_s(sequence)
         self._queue.push(sequence)
         self._backlog_queue.push(sequence)
 
@@ -57,8 +57,7 @@ class RealTimeQueue:
         self._queue.remove(sequence)
         self._backlog_queue.remove(sequence)
         # The model may have changed in between: an empty queue holds no work, whatever the sums say.
-        left_s = self._work_s - self.alone_s(sequence.num_pending_tokens)
-        self._work_s = max(0.0, left_s) if len(self._queue) else 0.0
+        self._work_s = max(0.0, self._work_s - self.left_s(sequence)) if len(self._queue) else 0.0
 
     def peek(self) -> Sequence | None:
         """The most urgent sequence, which stays in the queue. While there is a backlog, long prompts count for less."""
@@ -67,12 +66,16 @@ class RealTimeQueue:
 
     def latest_start_s(self, sequence: Sequence) -> float:
         """The last moment at which what is left of a prompt still meets its target, alone."""
-        return due_s(sequence) - self.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
+        return due_s(sequence) - self.left_s(sequence)
 
     def latest_hope_s(self, sequence: Sequence) -> float:
         """The same if everything takes as long as predicted, and no longer."""
-        alone_s = self.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
-        return due_s(sequence) - alone_s / self._model.margin
+        return due_s(sequence) - self.left_s(sequence) / self._model.margin
+
+    def left_s(self, sequence: Sequence) -> float:
+        """Seconds that the pending tokens of a sequence need alone, but for those that the KV region holds."""
+        start = max(sequence.num_computed_tokens, sequence.num_cached_tokens)
+        return self.alone_s(sequence.num_computed_tokens + sequence.num_pending_tokens - start, start)
 
     def alone_s(self, num_tokens: int, num_computed_tokens: int = 0) -> float:
         """Seconds that the next tokens of a prompt need with nothing else to do, by the model's bound."""

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from dataclasses import dataclass
 from typing import Final
 
+from bros_router.kv.block_hasher import BlockHasher
 from bros_router.kv.kv_manager import Copies, KVManager
 from bros_router.request import FinishReason, RequestClass
 from bros_router.scheduling.deadlines import first_token_deadline_s
@@ -80,7 +81,10 @@ class Scheduler:
         latency_model: LatencyModel,
         limits: SchedulerLimits,
         generation: int = 0,
+        hasher: BlockHasher | None = None,
     ) -> None:
+        """`hasher`: full blocks are found again by what they hold; without it, nothing is shared."""
+        self._hasher = hasher
         self._policy = policy
         self._kv = kv
         self._latency_model = latency_model
@@ -130,14 +134,23 @@ class Scheduler:
             free_s += sum(step.predicted_s for step in self._in_flight if step is not first)
         return free_s
 
+    def block_hashes(self, prompt_token_ids: tuple[int, ...]) -> list[bytes] | None:
+        """What a sequence with this prompt is to be given as its block hashes."""
+        if self._hasher is None:
+            return None
+        hashes: list[bytes] = []
+        self._hasher.extend(hashes, prompt_token_ids, ())
+        return hashes
+
     def add(self, sequence: Sequence) -> None:
         """Queue a new sequence. It must fit the KV region on its own."""
         assert sequence.state is SequenceState.WAITING and sequence.num_computed_tokens == 0
         assert sequence.max_total_tokens <= self._kv.num_blocks * self._kv.block_size
         self._num_alive[sequence.request_class] += 1
+        sequence.num_cached_tokens = self._kv.num_cached_tokens(sequence.block_hashes or ())
         self._policy.add(sequence)
 
-    def finish(self, sequence: Sequence, *, is_complete: bool = False) -> None:
+    def finish(self, sequence: Sequence, *, is_complete: bool = False, is_sound: bool = True) -> None:
         """The one exit of a sequence, whatever the reason. Its blocks are free for the next plan.
 
         A step in flight may still write to those blocks: the ranks run plans in order, so whoever gets them in
@@ -145,6 +158,7 @@ class Scheduler:
 
         Args:
             is_complete: it has got its last token, so what the policy learns from it is true.
+            is_sound: what was computed for it may be read by others.
         """
         if sequence.state is SequenceState.FINISHED:
             return
@@ -152,7 +166,7 @@ class Scheduler:
             self._policy.finished(sequence)
         if sequence.state is SequenceState.RUNNING:
             del self._running[sequence.sequence_id]
-            self._kv.release(sequence.sequence_id)
+            self._kv.release(sequence.sequence_id, is_sound=is_sound)
         else:
             self._policy.remove(sequence)
         sequence.state = SequenceState.FINISHED
@@ -168,11 +182,13 @@ class Scheduler:
         """
         draft = self._draft(now_s, self.free_at_s(now_s))
         self._policy.compose(draft)
+        draft.detach_unused()
         self._relegated += draft.relegated
         copies = self._kv.take_copies()
         has_copies = copies.out or copies.tail_moves or copies.in_
         if not (draft.chunks or draft.victims or self._releases or has_copies):
             return None
+        self._kv.step_planned()
         plan, step = self._emit(draft, copies, self._releases)
         self._releases = []
         self._in_flight.append(step)
@@ -199,6 +215,7 @@ class Scheduler:
         draft = self._draft(now_s, now_s)
         with self._kv.beside_planned_steps(len(self._in_flight)):
             self._policy.interrupt(draft, max(now_s, next_s), latest_end_s)
+            draft.detach_unused()
         self._relegated += draft.relegated
         if not draft.chunks:
             return None
@@ -291,7 +308,9 @@ class Scheduler:
             sequence.start_over()
             self._policy.add(sequence)
         self._running.clear()
+        self._kv.forget_cached()
         for sequence in self._policy.waiting():
+            sequence.num_cached_tokens = 0
             sequence.num_in_flight_tokens = 0
             sequence.is_on_ranks = False
 
@@ -313,6 +332,7 @@ class Scheduler:
                 num_rt_decodes += 1
                 num_rt_context_tokens += num_computed_tokens + 1
             sequence.num_computed_tokens = num_computed_tokens + num_tokens
+            self._publish(sequence, is_interruption=is_interruption)
             if num_computed_tokens + num_tokens == sequence.num_known_tokens:
                 sequence.num_in_flight_tokens += 1
                 sampled.append(sequence)
@@ -350,6 +370,16 @@ class Scheduler:
         self._next_step_id += 1
         return plan, step
 
+    def _publish(self, sequence: Sequence, *, is_interruption: bool = False) -> None:
+        """Let others read the blocks that are full once all that was planned has run."""
+        if sequence.block_hashes is not None:
+            self._kv.publish(
+                sequence.sequence_id,
+                sequence.block_hashes,
+                sequence.num_computed_tokens,
+                is_interruption=is_interruption,
+            )
+
     def _introduce(self, sequence: Sequence, now_s: float) -> NewSequence:
         """What a rank that never saw the sequence must be told."""
         sequence.is_on_ranks = True
@@ -361,13 +391,16 @@ class Scheduler:
 
     def _commit_token(self, sequence: Sequence, result: SequenceResult | None, now_s: float) -> Outcome:
         if result is None or result.token_id is None:
-            self.finish(sequence)
+            self.finish(sequence, is_sound=False)
             fault = result.fault if result else None
             return Outcome(sequence, fault=fault or "the step gave no token")
         sequence.output_token_ids.append(result.token_id)
         sequence.last_token_s = now_s
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
+        if self._hasher is not None and sequence.block_hashes is not None and sequence.state is SequenceState.RUNNING:
+            self._hasher.extend(sequence.block_hashes, sequence.prompt_token_ids, sequence.output_token_ids)
+            self._publish(sequence)
         finish_reason = None
         if len(sequence.output_token_ids) == sequence.max_new_tokens:
             finish_reason = FinishReason.LENGTH  # before EOS: TGI's precedence

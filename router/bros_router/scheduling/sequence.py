@@ -56,6 +56,12 @@ class Sequence:
     is_late: bool = False
     #: Whether the ranks hold its tokens: it goes whole into the first plan, and must be released.
     is_on_ranks: bool = False
+    #: What its full blocks hold, of its prompt and of the output that was committed; `None`: they are not shared.
+    block_hashes: list[bytes] | None = None
+    #: While it waits to be let in: tokens that were in the KV region when that was last looked up.
+    num_cached_tokens: int = 0
+    #: Tokens of the prompt that it found computed.
+    num_reused_tokens: int = 0
 
     #: Tokens of the prompt.
     num_prompt_tokens: int = field(init=False)
@@ -95,7 +101,7 @@ class Sequence:
 
     def start_over(self) -> None:
         """Its KV is gone: it waits, to be computed anew from its first token."""
-        self.num_computed_tokens = 0
+        self.num_computed_tokens = self.num_cached_tokens = 0
         self.state = SequenceState.WAITING
 
     def known_token_ids(self) -> list[int]:

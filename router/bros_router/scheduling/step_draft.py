@@ -67,6 +67,8 @@ class StepDraft:
         #: Who gave up memory for this step, and its class.
         self.victims: dict[int, RequestClass] = {}
         self.relegated: list[Sequence] = []
+        #: Who reads blocks of the cache since it is considered for this step, and how many blocks it had before.
+        self._attached: tuple[Sequence, int] | None = None
         self._running = running
         self._on_preempted = on_preempted
         self._members: set[int] = set()
@@ -129,6 +131,36 @@ class StepDraft:
 
     # --- what can be done
 
+    def attach_cached(self, sequence: Sequence) -> None:
+        """Let a sequence that is about to be added read what the KV region holds of it already.
+
+        If it is not added after all, it has nothing of that as soon as the next one is considered: whoever holds memory
+        and waits for more, keeps others from going on.
+        """
+        self.detach_unused()
+        if not sequence.block_hashes or sequence.num_in_flight_tokens:
+            return
+        block_size = self.kv.block_size
+        # The last known token is computed anew, whatever is there: the next one comes from it.
+        hashes = sequence.block_hashes[: (sequence.num_known_tokens - 1) // block_size]
+        num_blocks = self.kv.num_owned_blocks(sequence.sequence_id)
+        if num_blocks >= len(hashes) or num_blocks * block_size != sequence.num_computed_tokens:
+            return
+        sequence.num_computed_tokens = self.kv.attach(sequence.sequence_id, sequence.request_class, hashes)
+        if sequence.state is SequenceState.WAITING:
+            sequence.num_cached_tokens = sequence.num_computed_tokens
+        self._attached = sequence, num_blocks
+
+    def detach_unused(self) -> None:
+        """Who was considered last and not added has what it had before."""
+        if self._attached is None:
+            return
+        sequence, num_blocks = self._attached
+        self._attached = None
+        if not self.holds(sequence):
+            self.kv.detach(sequence.sequence_id, num_blocks)
+            sequence.num_computed_tokens = min(sequence.num_computed_tokens, num_blocks * self.kv.block_size)
+
     def add(self, sequence: Sequence, num_tokens: int, num_reserved_tokens: int = 0) -> None:
         """Let the step compute the next `num_tokens` pending tokens of a sequence; let it in if it waits.
 
@@ -142,6 +174,9 @@ class StepDraft:
         if sequence.state is SequenceState.WAITING:
             sequence.state = SequenceState.RUNNING
             self._running[sequence.sequence_id] = sequence
+            sequence.num_cached_tokens = 0
+            if sequence.first_scheduled_s is None:
+                sequence.num_reused_tokens = num_computed_tokens
         self._members.add(sequence.sequence_id)
         self.chunks.append((sequence, num_tokens))
         self.num_tokens_left -= num_tokens
@@ -182,22 +217,39 @@ class StepDraft:
         if num_missing == 0:
             return True
         candidates = [victim for victim in victims if victim is not sequence and self._may_give(victim)]
-        if sum(self.kv.num_owned_blocks(victim.sequence_id) for victim in candidates) < num_missing:
+        if self.kv.num_blocks_freed(victim.sequence_id for victim in candidates) < num_missing:
             return False
+
+        def is_enough() -> bool:
+            return self.shortfall(sequence, num_tokens) == 0
+
         # It may still fail: where their tails share blocks with others, taking them frees too little.
-        return self._take(candidates, lambda: self.shortfall(sequence, num_tokens) == 0, end_s)
+        return self._take(candidates, self.kv.num_own_blocks, is_enough, end_s) or self._take(
+            candidates, self.kv.num_owned_blocks, is_enough, end_s
+        )
 
     def keep_free(self, num_blocks: int, victims: Iterable[Sequence], end_s: float = math.inf) -> None:
         """See to it that so many blocks are free, as far as `victims` have them; they lose them as in `make_room`."""
-        self._take(filter(self._may_give, victims), lambda: self.kv.num_free_blocks >= num_blocks, end_s)
+        candidates = filter(self._may_give, victims)
+        self._take(candidates, self.kv.num_own_blocks, lambda: self.kv.num_free_blocks >= num_blocks, end_s)
 
     def _may_give(self, victim: Sequence) -> bool:
         return not self.holds(victim) and self.kv.num_owned_blocks(victim.sequence_id) > 0
 
-    def _take(self, victims: Iterable[Sequence], is_enough: Callable[[], bool], end_s: float) -> bool:
-        """Take the newest blocks of these, one victim after the other. Returns whether it is enough."""
+    def _take(
+        self,
+        victims: Iterable[Sequence],
+        num_to_take: Callable[[int], int],
+        is_enough: Callable[[], bool],
+        end_s: float,
+    ) -> bool:
+        """Take the newest blocks of these, one victim after the other, of each as many as `num_to_take` says of its id.
+
+        Returns:
+            Whether it is enough.
+        """
         for victim in victims:
-            while not is_enough() and self.kv.num_owned_blocks(victim.sequence_id):
+            while not is_enough() and num_to_take(victim.sequence_id):
                 if self.kv.preemption is Preemption.RECOMPUTE:
                     self.preempt(victim)
                 else:
@@ -221,6 +273,7 @@ class StepDraft:
 
     def restore(self, sequence: Sequence, num_tokens: int) -> None:
         """Give a sequence that was preempted in part the blocks of all it knows, and copy back `num_tokens` tokens."""
+        self._attached = None
         num_known_tokens = sequence.num_computed_tokens + sequence.num_pending_tokens
         self.kv.grow(sequence.sequence_id, sequence.request_class, num_known_tokens)
         restored = self.kv.restore(

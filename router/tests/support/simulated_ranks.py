@@ -50,11 +50,19 @@ def sampled_token(seed: int, position: int) -> int:
 
 
 class SimulatedRanks:
-    """Executes plans on a KV region and a host pool whose slots remember which token of which sequence they hold."""
+    """Executes plans on a KV region and a host pool whose slots remember what they hold: which token of which sequence,
+    or, where sequences may read each other's blocks, after which others of whatever sequence."""
 
     def __init__(
-        self, block_size: int, generation: int = 0, num_host_blocks: int = 0, model: LatencyModel | None = None
+        self,
+        block_size: int,
+        generation: int = 0,
+        num_host_blocks: int = 0,
+        model: LatencyModel | None = None,
+        *,
+        is_shared: bool = False,
     ) -> None:
+        self.is_shared = is_shared
         self.block_size = block_size
         self.generation = generation
         self.num_host_blocks = num_host_blocks
@@ -66,8 +74,10 @@ class SimulatedRanks:
         self.seeds: dict[int, int] = {}
         self.capacities: dict[int, int] = {}
         self.tables: dict[int, list[int]] = {}
-        self.slots: dict[int, tuple[int, int] | None] = {}
-        self.host: dict[tuple[int, int], tuple[int, int] | None] = {}
+        #: By sequence and position: what its slot must hold.
+        self.contents: dict[int, list[int]] = {}
+        self.slots: dict[int, int | None] = {}
+        self.host: dict[tuple[int, int], int | None] = {}
         #: (sequence, position) computed more than once.
         self.num_recomputed_tokens = 0
         self._computed: set[tuple[int, int]] = set()
@@ -82,11 +92,14 @@ class SimulatedRanks:
     def _execute(self, plan: StepPlan) -> StepResult:
         assert plan.generation == self.generation
         for sequence_id in plan.releases:
-            for state in (self.tokens, self.seeds, self.capacities, self.tables):
+            for state in (self.tokens, self.seeds, self.capacities, self.tables, self.contents):
                 del state[sequence_id]
         for new in plan.new_sequences:
             assert new.sequence_id not in self.tokens
-            self.tokens[new.sequence_id] = list(new.token_ids)
+            self.tokens[new.sequence_id] = []
+            self.contents[new.sequence_id] = []
+            for token_id in new.token_ids:
+                self._append(new.sequence_id, token_id)
             self.seeds[new.sequence_id] = new.sampling.seed
             self.capacities[new.sequence_id] = new.max_total_tokens
             self.tables[new.sequence_id] = []
@@ -104,9 +117,19 @@ class SimulatedRanks:
         assert plan.step_id >= self.next_step_id and plan.step_id not in self._run_ahead
         self._run_ahead.add(plan.step_id)
         result = self._execute(plan)
+        used = {slot for step in plan.sequences for slot in self._slots_of(step)}
         for step in itertools.chain.from_iterable(other.sequences for other in running):
-            self._compute(step, self.tables[step.sequence_id])
+            assert used.isdisjoint(self._slots_of(step)[step.num_computed_tokens :]), (
+                "it reads what is not computed yet"
+            )
+            self._compute(step)
         return result
+
+    def _append(self, sequence_id: int, token_id: int) -> None:
+        self.tokens[sequence_id].append(token_id)
+        contents = self.contents[sequence_id]
+        root = 0 if self.is_shared else sequence_id
+        contents.append(hash((contents[-1] if contents else root, token_id)))
 
     def _slots(self, entry: int, num_tokens: int) -> list[int]:
         assert 1 <= num_tokens <= self.block_size
@@ -139,23 +162,26 @@ class SimulatedRanks:
         tokens = self.tokens[sequence_id]
         stop = step.num_computed_tokens + step.num_tokens
         assert stop <= len(tokens), "a token is to be computed that nobody knows"
-        self._compute(step, table)
+        self._compute(step)
         for position in range(step.num_computed_tokens, stop):
             self.num_recomputed_tokens += (sequence_id, position) in self._computed
             self._computed.add((sequence_id, position))
         if stop < len(tokens):
             return SequenceResult(sequence_id)
         assert len(tokens) < self.capacities[sequence_id]
-        tokens.append(sampled_token(self.seeds[sequence_id], len(tokens)))
+        self._append(sequence_id, sampled_token(self.seeds[sequence_id], len(tokens)))
         return SequenceResult(sequence_id, tokens[-1], -1.0)
 
-    def _compute(self, step, table: list[int]) -> None:
-        stop = step.num_computed_tokens + step.num_tokens
-        slots = slots_of(table, 0, stop, self.block_size)
-        for position in range(step.num_computed_tokens, stop):
-            self.slots[slots[position]] = (step.sequence_id, position)
-        # Attention reads the whole context: every slot must still hold what this sequence put there.
-        assert [self.slots.get(slot) for slot in slots] == [(step.sequence_id, p) for p in range(stop)]
+    def _slots_of(self, step) -> list[int]:
+        return slots_of(self.tables[step.sequence_id], 0, step.num_computed_tokens + step.num_tokens, self.block_size)
+
+    def _compute(self, step) -> None:
+        slots = self._slots_of(step)
+        contents = self.contents[step.sequence_id]
+        for position in range(step.num_computed_tokens, len(slots)):
+            self.slots[slots[position]] = contents[position]
+        # Attention reads the whole context: every slot must still hold what was put there.
+        assert [self.slots.get(slot) for slot in slots] == contents[: len(slots)]
 
 
 def make_sequence(
@@ -169,12 +195,13 @@ def make_sequence(
     ttft_s: float = 1.0,
     tpot_s: float = 0.1,
     are_given: bool = True,
+    family: int | None = None,
 ) -> Sequence:
-    """A sequence whose output is known: its seed is its id."""
+    """A sequence whose output is known: its seed is its id. Prompts of a family begin alike."""
     return Sequence(
         sequence_id,
         request_class,
-        tuple((sequence_id + i) % VOCAB_SIZE for i in range(num_prompt_tokens)),
+        tuple(((sequence_id if family is None else family) + i) % VOCAB_SIZE for i in range(num_prompt_tokens)),
         SamplingParams(seed=sequence_id),
         max_new_tokens,
         eos_token_ids,

@@ -98,6 +98,7 @@ class BestEffort:
         """Go on with a prompt, or bring back what was taken. Returns whether there may be time and room for more."""
         if sequence.sequence_id in draft.victims or draft.num_sequences_left <= 0 or draft.num_tokens_left <= 0:
             return False
+        draft.attach_cached(sequence)
         if draft.chunks and not _leaves_reserve(draft, sequence):
             return False
         if not _give_room(draft, standing, sequence, sequence.num_pending_tokens):
@@ -113,9 +114,10 @@ class BestEffort:
 
     def _admit(self, draft: StepDraft, sequence: Sequence, end_s: float, is_trickle: bool) -> bool:
         """Let in the first of those that wait. Returns whether there may be time and room for more."""
-        num_pending_tokens = sequence.num_pending_tokens
         if not draft.may_run(sequence) or draft.num_sequences_left <= 0:
             return False
+        draft.attach_cached(sequence)
+        num_pending_tokens = sequence.num_pending_tokens
         if draft.shortfall(sequence, num_pending_tokens) or not _leaves_reserve(draft, sequence):
             return False
         num_tokens = self._chunk(draft, sequence, end_s, is_trickle)

@@ -130,8 +130,7 @@ class BrosPolicy:
         queue = self._queue_of(sequence)
         if queue is self._rt_waiting and sequence.first_scheduled_s is None:
             assert sequence.targets is not None
-            alone_s = self._rt_waiting.alone_s(sequence.num_prompt_tokens)
-            slack_s = sequence.targets.ttft_s - alone_s
+            slack_s = sequence.targets.ttft_s - self._rt_waiting.left_s(sequence)
             self._step_limit.note_arrival(sequence.arrival_s, slack_s, sequence.targets.tpot_s)
         queue.push(sequence)
 
@@ -203,9 +202,10 @@ class BrosPolicy:
                 return
             if len(draft.running) >= self.cap.value:
                 return  # the next step would have no place for it
+            draft.attach_cached(sequence)
             num_tokens = sequence.num_pending_tokens
             # One that is only late if the step is slow is worth a try.
-            hopes_s = draft.now_s + self._rt_waiting.alone_s(num_tokens)
+            hopes_s = draft.now_s + self._rt_waiting.left_s(sequence)
             end_s = min(end_s, max(due_s(sequence), hopes_s))
             if draft.largest_chunk(sequence, end_s) < num_tokens or draft.shortfall(sequence, num_tokens):
                 return
@@ -244,7 +244,8 @@ class BrosPolicy:
         """
         if draft.shortfall(sequence, num_tokens) == 0:
             return True
-        if draft.make_room(sequence, num_tokens, standing.be_victims(), end_s):
+        best_effort = standing.be_victims()
+        if draft.make_room(sequence, num_tokens, best_effort, end_s):
             return True
         if sequence.state is SequenceState.WAITING or (draft.chunks and not sequence.is_decoding):
             return False
@@ -252,7 +253,7 @@ class BrosPolicy:
         others = [other for other in draft.running if other.request_class is RequestClass.RT and not draft.holds(other)]
         others.sort(key=lambda other: (other.is_late, not other.is_decoding, due_s(other)), reverse=True)
         can_wait_longer = itertools.takewhile(lambda other: other is not sequence, others)
-        return draft.make_room(sequence, num_tokens, can_wait_longer, end_s)
+        return draft.make_room(sequence, num_tokens, [*best_effort, *can_wait_longer], end_s)
 
     def _restore(self, draft: StepDraft, standing: Standing, sequence: Sequence, end_s: float) -> None:
         """Copy back what a real-time sequence lost to another, if there is room and it is not faster computed anew."""
@@ -276,6 +277,7 @@ class BrosPolicy:
             if is_new and draft.num_sequences_left <= 0:
                 takes_new = False
                 continue
+            draft.attach_cached(sequence)
             self._restore(draft, standing, sequence, step_end.for_all_s)
             num_pending_tokens = sequence.num_pending_tokens
             has_time = soft_end_s < step_end.for_all_s and self._is_patient(draft, sequence)
@@ -323,7 +325,7 @@ class BrosPolicy:
         Where they can interrupt it, it need not."""
         if self.can_interrupt:
             return False
-        alone_s = self._rt_waiting.alone_s(sequence.num_pending_tokens, sequence.num_computed_tokens)
+        alone_s = self._rt_waiting.left_s(sequence)
         return due_s(sequence) - alone_s - draft.start_s > _PATIENT_SLACK * alone_s
 
     def _relegate(self, draft: StepDraft, sequence: Sequence) -> bool:
@@ -346,6 +348,7 @@ class BrosPolicy:
         for sequence in standing.late:
             if sequence.sequence_id in draft.victims or draft.num_sequences_left <= 0:
                 continue
+            draft.attach_cached(sequence)
             self._restore(draft, standing, sequence, end_s)
             num_tokens = self._late_chunk(draft, sequence, end_s)
             if num_tokens and self._give_room(draft, standing, sequence, sequence.num_pending_tokens, end_s):
@@ -353,6 +356,7 @@ class BrosPolicy:
         while (late := self._late_waiting.peek()) is not None and draft.num_sequences_left > 0:
             if not draft.may_run(late):
                 return
+            draft.attach_cached(late)
             num_tokens = self._late_chunk(draft, late, end_s)
             if not num_tokens or not self._give_room(draft, standing, late, late.num_pending_tokens, end_s):
                 return

@@ -79,6 +79,7 @@ class OrderedPolicy:
         while draft.num_tokens_left > 0 and (sequence := self._queue.peek()) is not None:
             if not draft.may_run(sequence) or not self._may_join(sequence, draft):
                 break
+            draft.attach_cached(sequence)
             if draft.shortfall(sequence, sequence.num_pending_tokens):
                 break
             self._queue.pop()
@@ -144,6 +145,7 @@ class StrictPriority(OrderedPolicy):
         first = self._queue.peek()
         if first is None or first.request_class is RequestClass.BE or not first.is_ready:
             return
+        draft.attach_cached(first)
         victims = [sequence for sequence in draft.running if sequence.request_class is RequestClass.BE]
         for victim in sorted(victims, key=by_class, reverse=True):
             is_full = self._preempts_when_full and len(draft.running) >= draft.limits.max_num_sequences

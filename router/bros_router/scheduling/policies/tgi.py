@@ -52,9 +52,10 @@ class TextGenerationInference(OrderedPolicy):
 
     def _admit(self, draft: StepDraft) -> None:
         while draft.num_tokens_left > 0 and (sequence := self._queue.peek()) is not None:
-            num_reserved_tokens = sequence.max_total_tokens - 1 - sequence.num_computed_tokens
             if len(draft.running) >= draft.limits.max_num_sequences or not sequence.is_ready:
                 break
+            draft.attach_cached(sequence)
+            num_reserved_tokens = sequence.max_total_tokens - 1 - sequence.num_computed_tokens
             if draft.shortfall(sequence, num_reserved_tokens):
                 break
             self._queue.pop()

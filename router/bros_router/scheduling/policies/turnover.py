@@ -33,7 +33,7 @@ class Turnover:
 
     def note(self, sequence: Sequence) -> None:
         """A best-effort sequence got its last token."""
-        self._recent.append((sequence.num_prompt_tokens, len(sequence.output_token_ids)))
+        self._recent.append((sequence.num_prompt_tokens - sequence.num_reused_tokens, len(sequence.output_token_ids)))
         self._num_prompt_tokens = sum(prompt for prompt, _ in self._recent) / len(self._recent)
         self._num_output_tokens = sum(output for _, output in self._recent) / len(self._recent)
 
