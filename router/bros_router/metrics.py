@@ -238,8 +238,8 @@ class Metrics:
         self._queue_size.set(num_waiting)
 
     def set_kv_blocks(self, *, rt: int, be: int, cached: int, free: int) -> None:
-        """Who has the KV blocks: one that both classes use counts as real-time, an unused one that may be asked for again
-        as cached."""
+        """Who has the KV blocks. One that both classes use counts as real-time, an idle one as cached where what it
+        holds may be asked for again."""
         self._kv_blocks.labels("rt").set(rt)
         self._kv_blocks.labels("be").set(be)
         self._kv_blocks.labels("cached").set(cached)
