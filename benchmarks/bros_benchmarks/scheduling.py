@@ -1,6 +1,7 @@
 """How long planning and committing a step takes, alone: `python -m bros_benchmarks.scheduling`.
 
-Half of the running sequences are real-time, half best-effort; so are those that wait. All of them decode.
+Half of the running sequences are real-time, half best-effort; so are those that wait. All of them decode. Prompts
+share nothing, and their blocks are hashed and published as in the server.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 
+from bros_router.kv.block_hasher import BlockHasher
 from bros_router.kv.kv_manager import KVManager
 from bros_router.request import LatencyTargets, RequestClass
 from bros_router.scheduling.batch_cap import CapControl
@@ -24,16 +26,19 @@ from bros_shard.protocol import SamplingParams, SequenceResult, StepResult, Step
 NUM_STEPS = 400
 #: Steps that prefill, fill caches and let the model settle.
 NUM_WARM_UP_STEPS = 100
-PROMPT = (1,) * 100
+NUM_PROMPT_TOKENS = 100
 STEP_S = 0.05
 
 
-def sequence(number: int, now_s: float) -> Sequence:
-    """Every other one is real-time, with targets that no step here misses."""
+def add(scheduler: Scheduler, number: int, now_s: float) -> None:
+    """A sequence of its own: every other one is real-time, with targets that no step here misses."""
     is_rt = number % 2 == 0
     targets = LatencyTargets(ttft_s=1e6, tpot_s=1.0, are_given=True) if is_rt else None
     request_class = RequestClass.RT if is_rt else RequestClass.BE
-    return Sequence(number, request_class, PROMPT, SamplingParams(), 2000, frozenset(), now_s, targets)
+    prompt = tuple(range(number, number + NUM_PROMPT_TOKENS))
+    sequence = Sequence(number, request_class, prompt, SamplingParams(), 2000, frozenset(), now_s, targets)
+    sequence.block_hashes = scheduler.block_hashes(prompt)
+    scheduler.add(sequence)
 
 
 def measure(policy_name: str, num_running: int, num_waiting: int) -> tuple[list[float], list[float]]:
@@ -42,15 +47,16 @@ def measure(policy_name: str, num_running: int, num_waiting: int) -> tuple[list[
     limits = SchedulerLimits(4096, num_running)
     options = PolicyOptions(bros=BrosOptions(cap_control=CapControl.OFF))
     kv = KVManager(num_blocks=16384, block_size=64)
-    scheduler = Scheduler(make_policy(policy_name, model, limits, options), kv, model, limits)
+    policy = make_policy(policy_name, model, limits, options)
+    scheduler = Scheduler(policy, kv, model, limits, hasher=BlockHasher(kv.block_size, b"salt"))
     now_s = 0.0
     for number in range(num_running):
-        scheduler.add(sequence(number, now_s))
+        add(scheduler, number, now_s)
     plan_s, commit_s = [], []
     for step in range(NUM_STEPS):
         if step == NUM_WARM_UP_STEPS // 2:
             for number in range(num_running, num_running + num_waiting):
-                scheduler.add(sequence(number, now_s))
+                add(scheduler, number, now_s)
             gc.collect()
         start_s = time.perf_counter()
         plan = scheduler.plan(now_s)

@@ -349,16 +349,12 @@ class KVManager:
 
     def detach(self, sequence_id: int, num_blocks: int) -> None:
         """Undo `attach`: the sequence has `num_blocks` blocks again, or fewer."""
-        owner = self._owners.get(sequence_id)
-        if owner is None:
-            return
+        owner = self._owners[sequence_id]
         while len(owner.entries) > num_blocks:
             self._drop_last(owner)
             copy = owner.host_copies.get(len(owner.entries))
             if copy is not None:
                 self._host.mark_needed(copy.host_block)
-        if not owner.entries and not owner.host_copies:
-            del self._owners[sequence_id]
 
     def publish(
         self, sequence_id: int, hashes: Sequence[bytes], num_computed_tokens: int, *, is_interruption: bool = False

@@ -320,6 +320,7 @@ class Scheduler:
         """Write the decision down: the message that the ranks get, and what is remembered of it. Counts it as done."""
         steps, new_sequences, sampled, first_due_s = [], [], [], []
         num_rt_decodes = num_rt_context_tokens = 0
+        block_size = self._kv.block_size
         for sequence, num_tokens in draft.chunks:
             if not sequence.is_on_ranks:
                 new_sequences.append(self._introduce(sequence, draft.now_s))
@@ -332,7 +333,8 @@ class Scheduler:
                 num_rt_decodes += 1
                 num_rt_context_tokens += num_computed_tokens + 1
             sequence.num_computed_tokens = num_computed_tokens + num_tokens
-            self._publish(sequence, is_interruption=is_interruption)
+            if (num_computed_tokens + num_tokens) // block_size > num_computed_tokens // block_size:
+                self._publish(sequence, is_interruption=is_interruption)
             if num_computed_tokens + num_tokens == sequence.num_known_tokens:
                 sequence.num_in_flight_tokens += 1
                 sampled.append(sequence)
@@ -398,9 +400,12 @@ class Scheduler:
         sequence.last_token_s = now_s
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
-        if self._hasher is not None and sequence.block_hashes is not None and sequence.state is SequenceState.RUNNING:
-            self._hasher.extend(sequence.block_hashes, sequence.prompt_token_ids, sequence.output_token_ids)
-            self._publish(sequence)
+        if self._hasher is not None and sequence.block_hashes is not None:
+            num_known_tokens = sequence.num_prompt_tokens + len(sequence.output_token_ids)
+            if num_known_tokens // self._kv.block_size > len(sequence.block_hashes):
+                self._hasher.extend(sequence.block_hashes, sequence.prompt_token_ids, sequence.output_token_ids)
+                if sequence.state is SequenceState.RUNNING:
+                    self._publish(sequence)
         finish_reason = None
         if len(sequence.output_token_ids) == sequence.max_new_tokens:
             finish_reason = FinishReason.LENGTH  # before EOS: TGI's precedence

@@ -157,9 +157,13 @@ class StepDraft:
             return
         sequence, num_blocks = self._attached
         self._attached = None
-        if not self.holds(sequence):
+        if self.holds(sequence):
+            return
+        if sequence.state is SequenceState.WAITING:
+            self.kv.release(sequence.sequence_id)
+        else:
             self.kv.detach(sequence.sequence_id, num_blocks)
-            sequence.num_computed_tokens = min(sequence.num_computed_tokens, num_blocks * self.kv.block_size)
+        sequence.num_computed_tokens = min(sequence.num_computed_tokens, num_blocks * self.kv.block_size)
 
     def add(self, sequence: Sequence, num_tokens: int, num_reserved_tokens: int = 0) -> None:
         """Let the step compute the next `num_tokens` pending tokens of a sequence; let it in if it waits.
