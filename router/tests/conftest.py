@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -158,8 +158,8 @@ def reply_of(*texts: str, reason: FinishReason = FinishReason.LENGTH) -> list[To
     ]
     generated_text = "".join(token.text for token in tokens if not token.is_special)
     finish = Finish(reason, generated_text, len(tokens), first_scheduled_s=0.0, finished_s=0.25)
-    *others, last = tokens
-    return [*map(TokenEvent, others), TokenEvent(last, finish)]
+    events = [TokenEvent(token, "" if token.is_special else token.text) for token in tokens]
+    return [*events[:-1], replace(events[-1], finish=finish)]
 
 
 class SocketServer(TestServer):
