@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import InferenceClient
-from huggingface_hub.errors import ValidationError
+from huggingface_hub.errors import HfHubHTTPError, ValidationError
 
 REPOSITORY = Path(__file__).parents[1]
 PROMPT = "Return the"
@@ -43,6 +43,17 @@ def test_hub_client_stream_joins_to_the_plain_text(client):
 def test_hub_client_gets_the_validation_error(client):
     with pytest.raises(ValidationError, match="`temperature` must be strictly positive"):
         client.text_generation(PROMPT, temperature=-1.0)
+
+
+def test_hub_client_chat(client):
+    messages = [{"role": "user", "content": "What does str.strip do?"}]
+    reply = client.chat_completion(messages, max_tokens=8, temperature=0.0)
+    assert reply.choices[0].message.content
+    assert reply.usage.completion_tokens <= 8
+    chunks = list(client.chat_completion(messages, max_tokens=8, temperature=0.0, stream=True))
+    assert "".join(chunk.choices[0].delta.content for chunk in chunks) == reply.choices[0].message.content
+    with pytest.raises(HfHubHTTPError, match="422"):
+        client.chat_completion(messages, top_p=1.5)
 
 
 def test_tgi_client_sync_and_async(server):

@@ -13,9 +13,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from bros_router.admission import Permits
-from bros_router.api import errors, handlers
+from bros_router.api import chat, completions, errors, handlers
 from bros_router.api.call import API, Api, Timeouts
+from bros_router.api.dialect import OpenAIDialect, TgiDialect
 from bros_router.api.validation import Validator
+from bros_router.chat_templates.renderer import TemplateRenderer
 from bros_router.config import ApiConfig
 from bros_router.metrics import Metrics
 from bros_router.request import RequestClass
@@ -27,6 +29,8 @@ _GUARDED: Final[Mapping[str, Mapping[str, Handler]]] = {
     "/generate": {"POST": handlers.generate},
     "/generate_stream": {"POST": handlers.generate_stream},
     "/tokenize": {"POST": handlers.tokenize},
+    "/v1/chat/completions": {"POST": chat.chat_completions},
+    "/v1/completions": {"POST": completions.completions},
 }
 #: Routes that anybody may ask.
 _OPEN: Final[Mapping[str, Mapping[str, Handler]]] = {
@@ -37,6 +41,7 @@ _OPEN: Final[Mapping[str, Mapping[str, Handler]]] = {
     "/ping": {"GET": handlers.health},
     "/info": {"GET": handlers.info},
     "/metrics": {"GET": handlers.prometheus},
+    "/chat_tokenize": {"POST": chat.chat_tokenize},
     "/v1/models": {"GET": handlers.models},
 }
 
@@ -63,12 +68,14 @@ def create_app(
 ) -> web.Application:
     """The application. `create_runner` runs it."""
     app = web.Application(middlewares=[_answer_preflight, _answer_errors])
-    validator = Validator(config)
+    validator, templates = Validator(config), TemplateRenderer()
     app[API] = Api(
         config=config,
+        dialect=TgiDialect() if config.strict_tgi else OpenAIDialect(),
         service=service,
         metrics=metrics,
         validator=validator,
+        templates=templates,
         permits={
             RequestClass.RT: Permits(config.max_concurrent_requests),
             RequestClass.BE: Permits(config.max_concurrent_be_requests),
@@ -78,11 +85,12 @@ def create_app(
     _add_routes(app, config.api_key)
     app.on_response_prepare.append(_response_headers(config.cors_allow_origin))
 
-    async def close_validator(_: web.Application) -> AsyncIterator[None]:
+    async def close_helpers(_: web.Application) -> AsyncIterator[None]:
         yield
         validator.close()
+        await templates.close()
 
-    app.cleanup_ctx.append(close_validator)
+    app.cleanup_ctx.append(close_helpers)
     return app
 
 

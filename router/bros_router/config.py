@@ -139,6 +139,11 @@ class ApiConfig:
         metadata={"flag": Flag(help="Key that clients must send as `Authorization: Bearer KEY`.")},
     )
     cors_allow_origin: tuple[str, ...] = flag((), "Origin allowed by CORS; repeatable.", default_text="any")
+    strict_tgi: bool = flag(
+        False,
+        "Under /v1, answer with TGI's very bytes where they are not what OpenAI's clients expect.",
+        is_ours=True,
+    )
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` for a key that would guard nothing."""

@@ -36,7 +36,7 @@ from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.scheduler import Outcome, Scheduler, StepInFlight
 from bros_router.scheduling.sequence import Sequence
 from bros_router.shard_client import ShardError, ShardGroup
-from bros_router.stop_sequences import StopSequences
+from bros_router.stop_sequences import stop_rule
 from bros_router.tokenizer import Detokenizer, Tokenizer
 from bros_shard.protocol import StepPlan, StepResult
 
@@ -55,7 +55,7 @@ class Reply:
         self.expiry: asyncio.TimerHandle | None = None
         self.request_id = request.request_id
         self.detokenizer: Detokenizer = tokenizer.detokenizer(request.prompt_token_ids)
-        self.stop_sequences = StopSequences(request.stop_sequences)
+        self.stop_rule = stop_rule(request.stop_sequences, cuts=request.cuts_stop_sequences)
         self.texts: list[str] = []
         self.last_token_s: float | None = None
         self._engine = engine
@@ -374,14 +374,13 @@ class StepEngine:
             return
         text = reply.detokenizer.step(outcome.token_id)
         token = Token(outcome.token_id, text, outcome.logprob, self._model.tokenizer.is_special(outcome.token_id))
-        if not token.is_special:
-            reply.texts.append(text)
-        # Length and EOS go before a stop sequence: TGI's precedence.
-        reason = outcome.finish_reason
-        if reply.stop_sequences.is_reached(text) and reason is None:
-            reason = FinishReason.STOP_SEQUENCE
+        shown = reply.stop_rule.take(text, is_special=token.is_special)
+        reason = reply.stop_rule.judge(outcome.finish_reason)
+        if reason is not None:
+            shown += reply.stop_rule.rest()
+        reply.texts.append(shown)
         self._observe_token(reply, now_s)
-        reply.push(TokenEvent(token, self._finish(reply, reason, now_s) if reason else None))
+        reply.push(TokenEvent(token, shown, self._finish(reply, reason, now_s) if reason else None))
 
     def _finish(self, reply: Reply, reason: FinishReason, now_s: float) -> Finish:
         sequence = reply.sequence

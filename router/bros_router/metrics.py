@@ -10,7 +10,7 @@ from bros_router.request import Admission, RequestClass
 
 #: How a request may end badly; `deadline`, `unavailable` and `internal` are ours.
 Failure: TypeAlias = Literal[
-    "validation", "overloaded", "generation", "incomplete", "dropped", "deadline", "unavailable", "internal"
+    "validation", "template", "overloaded", "generation", "incomplete", "dropped", "deadline", "unavailable", "internal"
 ]
 #: How a request may end.
 Outcome: TypeAlias = Literal["success"] | Failure

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,8 @@ from typing import Any, Final
 
 import structlog
 
+from bros_router.chat_templates.source import ChatTemplate, find_chat_template
+from bros_router.checkpoint_json import read_json, token_text
 from bros_router.child_environment import child_environment
 from bros_router.config import HubConfig, ModelConfig
 from bros_router.hub import download
@@ -48,6 +49,8 @@ class ModelFiles:
     sha: str | None
     pipeline_tag: str | None
     tokenizer: Tokenizer
+    #: `None`: the model was not made for chats.
+    chat_template: ChatTemplate | None
     #: Any of these ends a reply. Empty: only lengths and stop sequences do.
     eos_token_ids: frozenset[int]
     #: Tokens that the model's positions reach; `None`: not said.
@@ -115,7 +118,7 @@ def read(
     Raises:
         CheckpointError: a file is missing or broken, or the tokenizer is another model's.
     """
-    config = _read_json(path / "config.json")
+    config = read_json(path / "config.json")
     if config is None:
         raise CheckpointError(f"{model_id}: there is no config.json.")
     if not any(path.glob("*.safetensors")):
@@ -124,7 +127,7 @@ def read(
     text_config = config.get("text_config", config)
     if not isinstance(text_config, dict):
         raise CheckpointError(f"{model_id}: text_config of config.json is not an object.")
-    tokenizer_config = _read_json(tokenizer_config_path or path / "tokenizer_config.json") or {}
+    tokenizer_config = read_json(tokenizer_config_path or path / "tokenizer_config.json") or {}
     tokenizer = _load_tokenizer(path, model_id)
     vocab_size = _positive_integer(text_config, "vocab_size")
     if vocab_size is None:
@@ -143,6 +146,7 @@ def read(
         sha=sha,
         pipeline_tag=pipeline_tag,
         tokenizer=tokenizer,
+        chat_template=find_chat_template(path, tokenizer_config, is_config_replaced=tokenizer_config_path is not None),
         eos_token_ids=eos_token_ids,
         max_position_embeddings=_positive_integer(text_config, "max_position_embeddings", "n_positions"),
         model_max_length=_positive_integer(tokenizer_config, "model_max_length"),
@@ -191,12 +195,12 @@ def _eos_token_ids(
     path: Path, config: Mapping[str, Any], tokenizer_config: Mapping[str, Any], tokenizer: Tokenizer
 ) -> frozenset[int]:
     """The list of generation_config.json, else the tokenizer's own, else the one id of either (TGI's order)."""
-    generation_config = _read_json(path / "generation_config.json") or {}
+    generation_config = read_json(path / "generation_config.json") or {}
     declared = generation_config.get("eos_token_id", config.get("eos_token_id"))
     ids = [token_id for token_id in _as_list(declared) if _is_token_id(token_id)]
     if isinstance(declared, list) and ids:
         return frozenset(ids)
-    special_tokens = _read_json(path / "special_tokens_map.json") or {}
+    special_tokens = read_json(path / "special_tokens_map.json") or {}
     for source in (tokenizer_config, special_tokens):
         token_id = _token_id(tokenizer, source.get("eos_token"))
         if token_id is not None:
@@ -205,9 +209,8 @@ def _eos_token_ids(
 
 
 def _token_id(tokenizer: Tokenizer, token: object) -> int | None:
-    """The id of a special token written as a string or as an object with `content`."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return tokenizer.token_id(text) if isinstance(text, str) else None
+    text = token_text(token)
+    return None if text is None else tokenizer.token_id(text)
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -225,16 +228,3 @@ def _positive_integer(source: Mapping[str, Any], *names: str) -> int | None:
         if isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _NO_LIMIT:
             return int(value)
     return None
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    """A JSON object; `None` where there is no such file."""
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} cannot be read ({error}).") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} is not a JSON object.")
-    return content

@@ -50,6 +50,9 @@ class ValidRequest:
     #: At least 1; `len(prompt_token_ids) + max_new_tokens` is within the server's limit.
     max_new_tokens: int
     stop_sequences: tuple[str, ...] = ()
+    #: Whether the reply is cut where a stop sequence begins, as OpenAI does; TGI ends it behind one that ends a token.
+    #: Sequences that cut are not empty.
+    cuts_stop_sequences: bool = False
     #: An extension to TGI: go on past the end-of-sequence token (benchmarks with forced lengths).
     ignore_eos: bool = False
     request_class: RequestClass = RequestClass.RT
@@ -102,7 +105,7 @@ class Finish:
     """How a generation ended well."""
 
     reason: FinishReason
-    #: The joined text of the tokens that are not special.
+    #: The joined `shown` of the events.
     generated_text: str
     num_generated_tokens: int
     #: `time.monotonic()` at which the first step of the sequence was sent, and of the last token.
@@ -115,6 +118,8 @@ class TokenEvent:
     """One step of a reply. The last event of a reply, and no other, carries `finish`."""
 
     token: Token
+    #: What the reply that clients read grows by: no special tokens, and of stop sequences what their rule leaves.
+    shown: str
     finish: Finish | None = None
 
 

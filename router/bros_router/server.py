@@ -279,6 +279,8 @@ def served_model(config: ServerConfig, files: ModelFiles, hello: Hello) -> Serve
         model_sha=files.sha,
         pipeline_tag=files.pipeline_tag,
         tokenizer=files.tokenizer,
+        chat_template=files.chat_template,
+        vocab_size=hello.vocab_size,
         eos_token_ids=files.eos_token_ids,
         max_input_tokens=max_input_tokens,
         max_total_tokens=max_total_tokens,

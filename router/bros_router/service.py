@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from bros_router.chat_templates.source import ChatTemplate
 from bros_router.request import Engine
 from bros_router.tokenizer import Tokenizer
 
@@ -29,6 +30,10 @@ class ServedModel:
     model_sha: str | None
     pipeline_tag: str | None
     tokenizer: Tokenizer
+    #: `None`: the model was not made for chats.
+    chat_template: ChatTemplate | None
+    #: Token ids that the model knows are below this.
+    vocab_size: int
     eos_token_ids: frozenset[int]
     #: TGI's `--max-input-tokens` and `--max-total-tokens`, given or computed.
     max_input_tokens: int

@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from bros_router.admission import AdmissionController
 from bros_router.api.call import Timeouts
 from bros_router.app import create_app, create_runner
+from bros_router.chat_templates.source import ChatTemplate
 from bros_router.config import ApiConfig
 from bros_router.metrics import Metrics
 from bros_router.request import Finish, FinishReason, RequestClass, Terms, Token, TokenEvent, ValidRequest
@@ -24,6 +25,13 @@ from bros_router.tokenizer import Tokenizer
 from bros_shard.protocol import StepShape
 
 BOS_ID, EOS_ID = 0, 1
+
+#: `user: Hi`, a line each, then `assistant: `.
+CHAT_TEMPLATE = ChatTemplate(
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}",
+    {"bos_token": "<s>", "eos_token": "</s>"},
+)
 
 
 @pytest.fixture(scope="session")
@@ -158,8 +166,8 @@ def reply_of(*texts: str, reason: FinishReason = FinishReason.LENGTH) -> list[To
     ]
     generated_text = "".join(token.text for token in tokens if not token.is_special)
     finish = Finish(reason, generated_text, len(tokens), first_scheduled_s=0.0, finished_s=0.25)
-    *others, last = tokens
-    return [*map(TokenEvent, others), TokenEvent(last, finish)]
+    events = [TokenEvent(token, "" if token.is_special else token.text) for token in tokens]
+    return [*events[:-1], replace(events[-1], finish=finish)]
 
 
 class SocketServer(TestServer):
@@ -210,6 +218,7 @@ async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
         config: ApiConfig | None = None,
         *,
         tokenizer: Tokenizer = byte_level_tokenizer,
+        chat_template: ChatTemplate | None = CHAT_TEMPLATE,
         pipeline_tag: str | None = None,
         max_input_tokens: int = 60,
         max_total_tokens: int = 64,
@@ -222,6 +231,8 @@ async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
             model_sha="0123abcd",
             pipeline_tag=pipeline_tag,
             tokenizer=tokenizer,
+            chat_template=chat_template,
+            vocab_size=300,
             eos_token_ids=frozenset({EOS_ID}),
             max_input_tokens=max_input_tokens,
             max_total_tokens=max_total_tokens,

@@ -199,6 +199,9 @@ async def test_healthy_is_an_empty_200(serve, path):
         ("POST", "/health", "GET,HEAD"),
         ("DELETE", "/info", "GET,HEAD"),
         ("PATCH", "/tokenize", "POST"),
+        ("GET", "/v1/chat/completions", "POST"),
+        ("HEAD", "/v1/completions", "POST"),
+        ("GET", "/chat_tokenize", "POST"),
     ],
 )
 async def test_a_wrong_method_is_405_with_the_right_ones(serve, method, path, allow):
@@ -208,7 +211,8 @@ async def test_a_wrong_method_is_405_with_the_right_ones(serve, method, path, al
 
 
 @pytest.mark.parametrize(
-    "path", ["/nope", "/generate/", "//generate", "/v1/chat/completions", "/v1/completions", "/docs", "/%2e%2e/health"]
+    "path",
+    ["/nope", "/generate/", "//generate", "/v1/chat/completions/", "/v1", "/invocations", "/docs", "/%2e%2e/health"],
 )
 async def test_an_unknown_path_is_an_empty_404(serve, path):
     server = await serve()
@@ -278,7 +282,7 @@ WRONG_KEYS = [None, "", "Bearer", "Bearer wrong", "bearer secret", "Bearer SECRE
 
 
 @pytest.mark.parametrize("authorization", [*WRONG_KEYS, "secret", "Bearer s\xe9cret"])
-@pytest.mark.parametrize("path", [*INFERENCE, "/tokenize"])
+@pytest.mark.parametrize("path", [*INFERENCE, "/tokenize", "/v1/chat/completions", "/v1/completions"])
 async def test_without_the_key_the_answer_is_an_empty_401(serve, path, authorization):
     server = await serve(ApiConfig(api_key="secret"))
     headers = {} if authorization is None else {"authorization": authorization}
@@ -321,6 +325,7 @@ async def test_open_routes_need_no_key(serve):
     server = await serve(ApiConfig(api_key="secret"))
     for path in ("/", "/health", "/ping", "/info", "/metrics", "/v1/models", "/health/live", "/health/startup"):
         assert (await server.client.get(path)).status == 200
+    assert (await server.client.post("/chat_tokenize", json={"messages": []})).status == 200
     assert (await server.client.put("/health")).status == 405
     assert (await server.client.post("/nope")).status == 404
 
@@ -342,7 +347,7 @@ async def test_open_routes_need_no_key(serve):
 async def test_nothing_is_served_until_ready(serve, phase, error, connection):
     server = await serve()
     server.service.phase = phase
-    for path in INFERENCE:
+    for path in [*INFERENCE, "/v1/chat/completions", "/v1/completions"]:
         response = await server.client.post(path, json={"inputs": "x"})
         assert response.status == 503
         assert await response.json() == {"error": error, "error_type": "healthcheck"}
@@ -362,7 +367,7 @@ async def test_before_the_model_is_known_only_the_phase_is_told(serve):
     server.service.model = server.service.engine = None
     startup = await server.client.get("/health/startup")
     assert (startup.status, await startup.read()) == (503, b'{"phase":"loading","progress":0.25}')
-    for method, path in (("GET", "/info"), ("GET", "/v1/models"), ("POST", "/tokenize"), ("POST", "/generate")):
+    for method, path in (("GET", "/info"), ("GET", "/v1/models"), ("POST", "/tokenize"), ("POST", "/v1/completions")):
         response = await server.client.request(method, path, json={"inputs": "x"})
         assert (response.status, (await response.json())["error_type"]) == (503, "healthcheck")
 

@@ -13,7 +13,8 @@ JSON = {"content-type": "application/json"}
 UNTYPED = "Expected request with `Content-Type: application/json`"
 TOO_LARGE = "Failed to buffer the request body: length limit exceeded"
 HEAD = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-BODY_ROUTES = ["/", "/generate", "/generate_stream", "/tokenize"]
+TGI_ROUTES = ["/", "/generate", "/generate_stream", "/tokenize"]
+BODY_ROUTES = [*TGI_ROUTES, "/v1/chat/completions", "/v1/completions", "/chat_tokenize"]
 
 
 async def told(response) -> tuple[int, str, str]:
@@ -49,7 +50,7 @@ async def test_no_type_is_415(serve):
     assert await told(response) == plain(415, UNTYPED)
 
 
-@pytest.mark.parametrize("path", BODY_ROUTES)
+@pytest.mark.parametrize("path", TGI_ROUTES)
 async def test_what_is_wrong_with_a_body_is_plain_text_with_a_real_status(serve, path):
     server = await serve()
     syntax = await server.client.post(path, data=b'{"inputs":', headers=JSON)

@@ -72,6 +72,7 @@ def test_variables_of_our_own_flags_meet_nobody_elses():
         "--default-class": "BROS_DEFAULT_CLASS",
         "--slo-ttft-ms": "BROS_SLO_TTFT_MS",
         "--slo-tpot-ms": "BROS_SLO_TPOT_MS",
+        "--strict-tgi": "BROS_STRICT_TGI",
         "--scheduler": "BROS_SCHEDULER",
         "--admission-policy": "BROS_ADMISSION_POLICY",
         "--max-queued-rt-tokens": "BROS_MAX_QUEUED_RT_TOKENS",

@@ -119,6 +119,32 @@ async def test_stop_sequence_ends_the_reply_and_stays_in_it(engine):
     assert events[-1].finish.generated_text == "".join(event.token.text for event in events)
 
 
+async def test_stop_sequence_that_is_cut_is_held_back_across_tokens_and_never_shown(engine):
+    tokenizer = Tokenizer(demo_model_path() / "tokenizer.json")
+    ids = tokenizer.encode("the value of").ids
+    text = [tokenizer.detokenizer([]).step(token_id) for token_id in ids]
+    stop = text[1][-2:] + text[2][:1]  # the end of one token and the beginning of the next
+    with engine.submit(request(*ids, max_new_tokens=9, stop_sequences=(stop,), cuts_stop_sequences=True)) as reply:
+        events = [event async for event in reply]
+    assert [event.token.text for event in events] == text
+    assert [event.shown for event in events] == [text[0], text[1][:-2], ""]
+    assert events[-1].finish.reason is FinishReason.STOP_SEQUENCE
+    assert events[-1].finish.generated_text == text[0] + text[1][:-2]
+
+
+async def test_text_that_was_held_back_is_shown_at_the_end(engine):
+    tokenizer = Tokenizer(demo_model_path() / "tokenizer.json")
+    ids = tokenizer.encode("the value of").ids
+    text = "".join(tokenizer.detokenizer([]).step(token_id) for token_id in ids)
+    with engine.submit(
+        request(*ids, max_new_tokens=3, stop_sequences=(text + "!",), cuts_stop_sequences=True)
+    ) as reply:
+        events = [event async for event in reply]
+    assert [event.shown for event in events] == ["", "", text]
+    assert events[-1].finish.reason is FinishReason.LENGTH
+    assert events[-1].finish.generated_text == text
+
+
 async def test_leaving_the_block_ends_the_sequence_and_tells_the_ranks(engine, group):
     with engine.submit(request(11, 12, 13, max_new_tokens=500, request_class=RequestClass.BE)) as reply:
         await anext(reply)

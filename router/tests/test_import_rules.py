@@ -47,6 +47,11 @@ def test_module_loads_no_torch(module):
     assert not {"torch", "transformers"} & loaded_by(f"import {module}")
 
 
+def test_the_router_renders_no_template_itself():
+    """Hostile templates belong into the helper process."""
+    assert "jinja2" not in loaded_by("import bros_router.server")
+
+
 def test_scheduling_core_is_pure():
     """No sockets, no event loop, no logging, no torch: the simulator runs these very modules."""
     impure = {"zmq", "aiohttp", "structlog", "logging", "torch", "prometheus_client"}

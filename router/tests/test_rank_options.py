@@ -17,7 +17,7 @@ from bros_shard.options import ShardOptions
 @pytest.fixture
 def files(byte_level_tokenizer: Tokenizer) -> ModelFiles:
     return ModelFiles(
-        Path("/models/m"), "org/m", "abc", None, byte_level_tokenizer, frozenset(), None, None, 300, "bfloat16"
+        Path("/models/m"), "org/m", "abc", None, byte_level_tokenizer, None, frozenset(), None, None, 300, "bfloat16"
     )
 
 

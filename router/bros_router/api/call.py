@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import structlog
@@ -12,9 +12,10 @@ from aiohttp import web
 
 from bros_router.admission import Permits
 from bros_router.api import errors
+from bros_router.api.dialect import Dialect
 from bros_router.api.service_level import ServiceLevel
-from bros_router.api.types import GenerateRequest
-from bros_router.api.validation import NUM_JUDGED_NEW_TOKENS, Validator
+from bros_router.api.validation import NUM_JUDGED_NEW_TOKENS, InferenceRequest, Validator
+from bros_router.chat_templates.renderer import TemplateRenderer
 from bros_router.config import ApiConfig
 from bros_router.metrics import Metrics
 from bros_router.request import (
@@ -27,6 +28,8 @@ from bros_router.request import (
     RefusedError,
     RequestClass,
     ServiceUnavailableError,
+    Token,
+    TokenEvent,
     ValidRequest,
 )
 from bros_router.service import ServedModel, Service
@@ -49,9 +52,11 @@ class Api:
     """What the handlers work with."""
 
     config: ApiConfig
+    dialect: Dialect
     service: Service
     metrics: Metrics
     validator: Validator
+    templates: TemplateRenderer
     permits: Mapping[RequestClass, Permits]
     timeouts: Timeouts
 
@@ -85,7 +90,7 @@ class Timings:
 
 
 class Call:
-    """An accepted call: iterate over `generation`, then report how it went with `succeeded`."""
+    """An accepted call: iterate over `events`, or over `generation` and report how it went with `succeeded`."""
 
     def __init__(self, api: Api, request: ValidRequest, generation: Generation, arrived_s: float) -> None:
         self.request = request
@@ -98,6 +103,20 @@ class Call:
     def seed(self) -> int | None:
         """The seed as replies show it: greedy generation has none."""
         return self.request.sampling.seed if self.request.sampling.do_sample else None
+
+    async def events(self) -> AsyncIterator[TokenEvent]:
+        """The reply, token by token. It has succeeded once its last event is handed out.
+
+        Raises:
+            IncompleteStreamError: there was no last event.
+        """
+        async for event in self.generation:
+            if event.finish is not None:
+                self.succeeded(event.finish)
+            yield event
+            if event.finish is not None:
+                return
+        raise errors.IncompleteStreamError
 
     def succeeded(self, finish: Finish) -> Timings:
         """The last token was received: count it, and say where the time went."""
@@ -118,9 +137,37 @@ class Call:
         return timings
 
 
+@dataclass(frozen=True, slots=True)
+class WholeReply:
+    """A reply that was waited for to its end."""
+
+    call: Call
+    tokens: list[Token]
+    finish: Finish
+    timings: Timings
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the prompt as the model saw it."""
+        return len(self.call.request.prompt_token_ids)
+
+
+async def whole_reply(api: Api, request: InferenceRequest, level: ServiceLevel) -> WholeReply:
+    """Run a request to its end. Raises `ApiError` where it is refused, or fails."""
+    async with inference_call(api, request, level, is_stream=False) as call:
+        tokens: list[Token] = []
+        finish: Finish | None = None
+        async for event in call.generation:
+            tokens.append(event.token)
+            finish = event.finish
+        if finish is None:
+            raise errors.IncompleteGenerationError
+        return WholeReply(call, tokens, finish, call.succeeded(finish))
+
+
 @asynccontextmanager
 async def inference_call(
-    api: Api, body: GenerateRequest, level: ServiceLevel, *, is_stream: bool
+    api: Api, request: InferenceRequest, level: ServiceLevel, *, is_stream: bool
 ) -> AsyncIterator[Call]:
     """Admit, validate and queue a request. Leaving the block ends its sequence and gives its permit back.
 
@@ -131,24 +178,44 @@ async def inference_call(
     model, engine = api.served()
     api.metrics.request_received()
     try:
-        api.validator.check_before_admission(body.parameters, is_stream=is_stream)
+        api.validator.check_before_admission(request.parameters, is_stream=is_stream)
         with api.permits[level.request_class].take():
-            request = await api.validator.validate(body, level, model)
+            valid = await api.validator.validate(request, level, model)
             api.metrics.request_validated(
-                len(request.prompt_token_ids),
-                min(request.max_new_tokens, NUM_JUDGED_NEW_TOKENS),
+                len(valid.prompt_token_ids),
+                min(valid.max_new_tokens, NUM_JUDGED_NEW_TOKENS),
                 max_input_tokens=model.max_input_tokens,
                 max_total_tokens=model.max_total_tokens,
             )
-            with engine.submit(request) as generation:
+            with engine.submit(valid) as generation:
                 api.metrics.request_admitted(level.request_class, generation.terms.admission)
-                yield Call(api, request, generation, arrived_s)
+                yield Call(api, valid, generation, arrived_s)
     except ConnectionError:
         raise  # the client is gone: its sequence was ended, and the engine counted it
     except Exception as error:
-        public = _public(error, api, engine, level)
-        _count_failure(public, api.metrics, level)
-        raise public from None
+        raise _counted(error, api, engine, level) from None
+
+
+@contextmanager
+def preparation(api: Api, level: ServiceLevel) -> Iterator[None]:
+    """What comes before `inference_call`: a request that fails in this block is counted as one that failed there.
+
+    Raises:
+        ApiError: it was refused, or failed inside the block.
+    """
+    _, engine = api.served()
+    try:
+        yield
+    except Exception as error:
+        api.metrics.request_received()
+        raise _counted(error, api, engine, level) from None
+
+
+def _counted(error: Exception, api: Api, engine: Engine, level: ServiceLevel) -> errors.ApiError:
+    """What a client is told of `error`, once it was counted."""
+    public = _public(error, api, engine, level)
+    _count_failure(public, api.metrics, level)
+    return public
 
 
 def _count_failure(error: errors.ApiError, metrics: Metrics, level: ServiceLevel) -> None:

@@ -43,6 +43,33 @@ class ValidationError(ApiError):
         super().__init__(f"Input validation error: {message}")
 
 
+class TemplateApiError(ApiError):
+    """The chat template gave no prompt, or there is none."""
+
+    status, error_type, failure = 422, "template_error", "template"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Template error: {reason}")
+
+
+class SuffixError(ApiError):
+    """Completions do not fill in between."""
+
+    status, error_type, failure = 422, "suffix not supported", "validation"
+
+    def __init__(self) -> None:
+        super().__init__("Suffix is not supported and can be achieved by preprocessing the prompt.")
+
+
+class ClientBatchSizeError(ApiError):
+    """Too many prompts in one request."""
+
+    status, error_type, failure = 422, "batch size exceeded", "validation"
+
+    def __init__(self, max_client_batch_size: int) -> None:
+        super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {max_client_batch_size}")
+
+
 class OverloadedApiError(ApiError):
     """No concurrency permit, or a full queue. TGI does not say when to try again."""
 

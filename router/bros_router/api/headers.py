@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from bros_router.api.call import Call, Timings
-from bros_router.request import Admission, Finish, RequestClass
+from collections.abc import Iterable, Sequence
+
+from bros_router.api.call import Call, WholeReply
+from bros_router.request import Admission, RequestClass
 from bros_router.service import ServedModel
 
 
-def compute_headers(model: ServedModel, prompt: str, request_class: RequestClass) -> dict[str, str]:
+def compute_headers(model: ServedModel, num_prompt_characters: int, request_class: RequestClass) -> dict[str, str]:
     """What is known before anything was generated: every reply and every stream has these."""
     return {
         "x-compute-type": model.compute_type,
-        "x-compute-characters": str(len(prompt)),
+        "x-compute-characters": str(num_prompt_characters),
         "x-request-class": request_class.value,
     }
 
@@ -29,18 +31,24 @@ def terms_headers(call: Call) -> dict[str, str]:
     return headers
 
 
-def timing_headers(call: Call, finish: Finish, timings: Timings) -> dict[str, str]:
-    """What is known at the end: milliseconds, rounded down, but for `x-compute-time`, which is in seconds."""
+def timing_headers(replies: Sequence[WholeReply]) -> dict[str, str]:
+    """What is known at the end, summed over the replies of one request: milliseconds, each rounded down, and tokens."""
     return {
-        "x-compute-time": f"{timings.total_s:.9f}",
-        "x-total-time": _milliseconds(timings.total_s),
-        "x-validation-time": _milliseconds(timings.validation_s),
-        "x-queue-time": _milliseconds(timings.queue_s),
-        "x-inference-time": _milliseconds(timings.inference_s),
-        "x-time-per-token": _milliseconds(timings.inference_s / finish.num_generated_tokens),
-        "x-prompt-tokens": str(len(call.request.prompt_token_ids)),
-        "x-generated-tokens": str(finish.num_generated_tokens),
+        "x-total-time": _milliseconds(reply.timings.total_s for reply in replies),
+        "x-validation-time": _milliseconds(reply.timings.validation_s for reply in replies),
+        "x-queue-time": _milliseconds(reply.timings.queue_s for reply in replies),
+        "x-inference-time": _milliseconds(reply.timings.inference_s for reply in replies),
+        "x-time-per-token": _milliseconds(
+            reply.timings.inference_s / reply.finish.num_generated_tokens for reply in replies
+        ),
+        "x-prompt-tokens": str(sum(reply.num_prompt_tokens for reply in replies)),
+        "x-generated-tokens": str(sum(reply.finish.num_generated_tokens for reply in replies)),
     }
+
+
+def compute_time_header(reply: WholeReply) -> dict[str, str]:
+    """The whole time in seconds: replies to several prompts go without."""
+    return {"x-compute-time": f"{reply.timings.total_s:.9f}"}
 
 
 def _decimal(value: float) -> str:
@@ -48,5 +56,5 @@ def _decimal(value: float) -> str:
     return f"{value:.12g}"
 
 
-def _milliseconds(seconds: float) -> str:
-    return str(int(seconds * 1000))
+def _milliseconds(times_s: Iterable[float]) -> str:
+    return str(sum(int(time_s * 1000) for time_s in times_s))

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import msgspec
 
 from bros_router.api.errors import ValidationError
-from bros_router.api.types import GenerateParameters
 from bros_router.config import ApiConfig
 from bros_router.request import RequestClass
 
@@ -31,10 +30,13 @@ class ServiceLevel:
         return self.ttft_s is not None
 
 
-def service_level(headers: Mapping[str, str], parameters: GenerateParameters, config: ApiConfig) -> ServiceLevel:
+def service_level(headers: Mapping[str, str], body_class: RequestClass | None, config: ApiConfig) -> ServiceLevel:
     """Headers go before the body, and the body before the operator's defaults.
 
     A target without a class means real-time; a best-effort request has no targets, whatever its headers say.
+
+    Args:
+        body_class: the class that the body names, if it does.
 
     Raises:
         ValidationError: a header has no valid value, be it used or not.
@@ -45,7 +47,7 @@ def service_level(headers: Mapping[str, str], parameters: GenerateParameters, co
     deadline_s = _seconds(headers, "x-request-deadline-ms")
     if named_class is None and (ttft_s is not None or tpot_s is not None):
         named_class = RequestClass.RT
-    request_class = named_class or parameters.priority or RequestClass(config.default_class)
+    request_class = named_class or body_class or RequestClass(config.default_class)
     if request_class is RequestClass.BE:
         return ServiceLevel(RequestClass.BE, deadline_s=deadline_s)
     if ttft_s is None and config.slo_ttft_ms is not None:

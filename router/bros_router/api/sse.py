@@ -43,6 +43,7 @@ class EventStream:
         self._loop = asyncio.get_running_loop()
         self._last_write_s = self._loop.time()
         self._keep_alive_task: asyncio.Task[None] | None = None
+        self._opening = asyncio.Lock()
 
     async def __aenter__(self) -> EventStream:
         return self
@@ -53,17 +54,18 @@ class EventStream:
         if self._keep_alive_task is not None:
             self._keep_alive_task.cancel()
 
-    @property
-    def is_open(self) -> bool:
-        """Whether the status and the headers were sent."""
-        return self._keep_alive_task is not None
-
     async def open(self, headers: Mapping[str, str]) -> None:
-        """Send the status, which is 200, and the headers; events may follow, and comments while there are none."""
-        self.response.headers.update(headers)
-        await self.response.prepare(self._request)
-        self._last_write_s = self._loop.time()
-        self._keep_alive_task = asyncio.create_task(self._keep_alive())
+        """Send the status, which is 200, and the headers, unless they were sent: of several calls the first counts.
+
+        Events may follow, and comments while there are none.
+        """
+        async with self._opening:
+            if self._keep_alive_task is not None:
+                return
+            self.response.headers.update(headers)
+            await self.response.prepare(self._request)
+            self._last_write_s = self._loop.time()
+            self._keep_alive_task = asyncio.create_task(self._keep_alive())
 
     async def send(self, data: bytes) -> None:
         """Send one event. `data` is one line. Raises `ConnectionError` where the client is gone."""

@@ -16,6 +16,12 @@ Usize: TypeAlias = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 _MAX_SEED: Final = 2**64 - 1
 
 
+def check_seed(seed: int | None) -> None:
+    """What no bound can say. Raises `ValueError`, which a decoder turns into its own error."""
+    if seed is not None and seed > _MAX_SEED:
+        raise ValueError(f"Expected `seed` <= {_MAX_SEED}")
+
+
 class GenerateParameters(Struct, frozen=True, kw_only=True):
     """How to generate. A present object means greedy unless it says otherwise."""
 
@@ -44,9 +50,8 @@ class GenerateParameters(Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        """Raises `ValueError` for what a bound cannot say; the decoder turns it into its own error."""
-        if self.seed is not None and self.seed > _MAX_SEED:
-            raise ValueError(f"Expected `seed` <= {_MAX_SEED}")
+        """Raises `ValueError` for a seed that is too large."""
+        check_seed(self.seed)
 
 
 class GenerateRequest(Struct, frozen=True, kw_only=True):

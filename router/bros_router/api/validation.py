@@ -6,13 +6,14 @@ import asyncio
 import ctypes
 import secrets
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from bros_router.api.errors import ValidationError
 from bros_router.api.service_level import ServiceLevel
-from bros_router.api.types import GenerateParameters, GenerateRequest, SimpleToken
+from bros_router.api.types import GenerateParameters, SimpleToken
 from bros_router.config import ApiConfig
 from bros_router.request import ValidRequest
 from bros_router.service import ServedModel
@@ -25,6 +26,20 @@ T = TypeVar("T")
 NUM_JUDGED_NEW_TOKENS: Final = 1024
 #: TGI has no upper bound here, but the wire to the ranks has. No useful value comes near.
 _MAX_FACTOR: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class InferenceRequest:
+    """What a client asks for, by whichever route: a prompt, and how to go on from it, in TGI's own words."""
+
+    #: A text, or the tokens themselves.
+    inputs: str | Sequence[int]
+    parameters: GenerateParameters
+    #: Whether the tokenizer adds its special tokens to the text: a chat template has written them already.
+    adds_special_tokens: bool = True
+    #: As in `ValidRequest`.
+    cuts_stop_sequences: bool = False
+    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Validator:
@@ -52,7 +67,7 @@ class Validator:
         if best_of > max_best_of:
             raise ValidationError(f"`best_of` must be > 0 and <= {max_best_of}. Given: {best_of}")
 
-    async def validate(self, request: GenerateRequest, level: ServiceLevel, model: ServedModel) -> ValidRequest:
+    async def validate(self, request: InferenceRequest, level: ServiceLevel, model: ServedModel) -> ValidRequest:
         """Check every other rule, those that cost nothing first.
 
         Raises:
@@ -62,16 +77,15 @@ class Validator:
         sampling = self._sampling_params(parameters)
         _check_inputs(request.inputs, parameters.truncate, model.max_input_tokens)
         _check_supported(parameters)
-        prompt_token_ids = await self._in_thread(
-            _prompt_token_ids, request.inputs, parameters.truncate, parameters.max_new_tokens, model
-        )
+        prompt_token_ids = await self._in_thread(_prompt_token_ids, request, model)
         num_free_tokens = model.max_total_tokens - len(prompt_token_ids)
         return ValidRequest(
-            request_id=uuid.uuid4().hex,
+            request_id=request.request_id,
             prompt_token_ids=prompt_token_ids,
             sampling=sampling,
             max_new_tokens=min(parameters.max_new_tokens or num_free_tokens, num_free_tokens),
             stop_sequences=tuple(parameters.stop),
+            cuts_stop_sequences=request.cuts_stop_sequences,
             ignore_eos=parameters.ignore_eos,
             request_class=level.request_class,
             ttft_s=level.ttft_s,
@@ -79,9 +93,9 @@ class Validator:
             deadline_s=level.deadline_s,
         )
 
-    async def tokenize(self, text: str, tokenizer: Tokenizer) -> list[SimpleToken]:
-        """Every token of `text`, special tokens included. Raises `ValidationError`."""
-        return await self._in_thread(_simple_tokens, text, tokenizer)
+    async def tokenize(self, text: str, tokenizer: Tokenizer, *, adds_special_tokens: bool = True) -> list[SimpleToken]:
+        """Every token of `text`, those that the tokenizer adds included. Raises `ValidationError`."""
+        return await self._in_thread(_simple_tokens, text, tokenizer, adds_special_tokens)
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
@@ -152,7 +166,7 @@ def _share(name: str, value: float | None) -> float:
     return share
 
 
-def _check_inputs(inputs: str, truncate: int | None, max_input_tokens: int) -> None:
+def _check_inputs(inputs: str | Sequence[int], truncate: int | None, max_input_tokens: int) -> None:
     if not inputs:
         raise ValidationError("`inputs` cannot be empty")
     if truncate is not None and not 1 <= truncate <= max_input_tokens:
@@ -176,18 +190,11 @@ def _check_supported(parameters: GenerateParameters) -> None:
             raise ValidationError(f"{name} is not supported by this server")
 
 
-def _prompt_token_ids(
-    inputs: str, truncate: int | None, max_new_tokens: int | None, model: ServedModel
-) -> tuple[int, ...]:
-    """Tokenise, and judge the length."""
-    try:
-        if truncate is None:
-            encoding = model.tokenizer.encode(inputs)
-        else:
-            encoding = model.tokenizer.encode_truncated(inputs, truncate)
-    except TokenizerError as error:
-        raise ValidationError(f"tokenizer error {error}") from None
-    num_tokens, max_total_tokens = len(encoding), model.max_total_tokens
+def _prompt_token_ids(request: InferenceRequest, model: ServedModel) -> tuple[int, ...]:
+    """The prompt as the model will see it. Judges its length."""
+    token_ids = _encoded(request, model)
+    max_new_tokens = request.parameters.max_new_tokens
+    num_tokens, max_total_tokens = len(token_ids), model.max_total_tokens
     if num_tokens == 0:
         raise ValidationError("`inputs` cannot be empty")  # a text that the tokenizer drops, such as a space
     if max_new_tokens is None:
@@ -200,12 +207,30 @@ def _prompt_token_ids(
         )
     if num_tokens > model.max_input_tokens:
         raise ValidationError(f"`inputs` must have less than {model.max_input_tokens} tokens. Given: {num_tokens}")
-    return tuple(encoding.ids)
+    return tuple(token_ids)
 
 
-def _simple_tokens(text: str, tokenizer: Tokenizer) -> list[SimpleToken]:
+def _encoded(request: InferenceRequest, model: ServedModel) -> Sequence[int]:
+    inputs, truncate = request.inputs, request.parameters.truncate
+    if not isinstance(inputs, str):
+        largest = max(inputs)
+        if largest >= model.vocab_size:
+            raise ValidationError(f"token ids must be < {model.vocab_size}. Given: {largest}")
+        return inputs
     try:
-        encoding = tokenizer.encode(text)
+        if truncate is None:
+            encoding = model.tokenizer.encode(inputs, add_special_tokens=request.adds_special_tokens)
+        else:
+            encoding = model.tokenizer.encode_truncated(inputs, truncate)
+    except TokenizerError as error:
+        raise ValidationError(f"tokenizer error {error}") from None
+    token_ids: list[int] = encoding.ids
+    return token_ids
+
+
+def _simple_tokens(text: str, tokenizer: Tokenizer, adds_special_tokens: bool) -> list[SimpleToken]:
+    try:
+        encoding = tokenizer.encode(text, add_special_tokens=adds_special_tokens)
     except TokenizerError as error:
         raise ValidationError(f"tokenizer error {error}") from None
     in_bytes = byte_offsets(text)

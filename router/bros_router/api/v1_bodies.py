@@ -1,0 +1,333 @@
+"""The bodies of the routes under /v1: as OpenAI's clients write them, and, named `Tgi…`, as TGI takes them.
+
+TGI refuses, ignores or reinterprets some of what those clients send. What it ignores is no field of its bodies.
+Handlers ask both kinds the same questions: which prompt, which class of request, which parameters in the words of TGI's
+own routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Annotated, Any, Final, TypeAlias
+
+from msgspec import Meta, Struct
+
+from bros_router.api.chat_message import Message
+from bros_router.api.errors import ValidationError
+from bros_router.api.types import U32, GenerateParameters, check_seed
+from bros_router.request import RequestClass
+
+#: What TGI knows besides plain text.
+_GRAMMAR_TYPES: Final = ("json", "json_object", "json_schema", "regex")
+
+_Tokens: TypeAlias = list[U32]
+
+
+class StreamOptions(Struct, frozen=True):
+    """What a stream tells besides the reply."""
+
+    include_usage: bool = False
+
+
+class ServiceTier(str, Enum):
+    """OpenAI's classes of service, which are ours by other names."""
+
+    AUTO = "auto"
+    DEFAULT = "default"
+    PRIORITY = "priority"
+    FLEX = "flex"
+    BATCH = "batch"
+
+    @property
+    def request_class(self) -> RequestClass | None:
+        """`None`: as the operator says."""
+        if self is ServiceTier.AUTO:
+            return None
+        return RequestClass.BE if self in (ServiceTier.FLEX, ServiceTier.BATCH) else RequestClass.RT
+
+
+# --- what both routes share
+
+
+class _Body(Struct, frozen=True, kw_only=True):
+    model: str | None = None
+    frequency_penalty: float | None = None
+    max_tokens: U32 | None = None
+    seed: Annotated[int, Meta(ge=0)] | None = None
+    stream: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for a seed that is too large."""
+        check_seed(self.seed)
+
+    @property
+    def _is_greedy(self) -> bool:
+        """Sampling is on unless the temperature is exactly zero."""
+        return self.temperature == 0.0
+
+    def _parameters(self, **others: Any) -> GenerateParameters:
+        """What is the same for every body; `others` are fields of `GenerateParameters`."""
+        return GenerateParameters(
+            temperature=None if self._is_greedy else self.temperature,
+            do_sample=not self._is_greedy,
+            frequency_penalty=self.frequency_penalty,
+            seed=self.seed,
+            **others,
+        )
+
+
+class _OpenAIBody(_Body, frozen=True, kw_only=True):
+    """With what TGI's bodies do not have, or have in another shape."""
+
+    stop: str | list[str] | None = None
+    stream_options: StreamOptions | None = None
+    logit_bias: dict[str, float] | list[float] | None = None
+    presence_penalty: float | None = None
+    service_tier: ServiceTier | None = None
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with what the whole request used."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def request_class(self) -> RequestClass | None:
+        """The class that the body names, if it does."""
+        return None if self.service_tier is None else self.service_tier.request_class
+
+    @property
+    def _stop_sequences(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def _limiting_top_p(self) -> float | None:
+        """All of the probability mass is no limit, and a greedy reply has none: TGI refuses that, and samples this."""
+        top_p = self.top_p
+        is_idle = top_p is not None and self._is_greedy and 0.0 < top_p < 1.0
+        return None if top_p == 1.0 or is_idle else top_p
+
+    def _check_supported(self, unsupported: Mapping[str, bool]) -> None:
+        if "" in self._stop_sequences:
+            raise ValidationError("`stop` must not hold an empty sequence")
+        _refuse({"`logit_bias`": bool(self.logit_bias), "`presence_penalty` != 0": bool(self.presence_penalty)})
+        _refuse(unsupported)
+
+
+def _refuse(unsupported: Mapping[str, bool]) -> None:
+    """As for the parameters of TGI's own routes: an answer that ignored them would be wrong."""
+    for name, is_asked_for in unsupported.items():
+        if is_asked_for:
+            raise ValidationError(f"{name} is not supported by this server")
+
+
+# --- chat
+
+
+class ChatBody(_OpenAIBody, frozen=True, kw_only=True):
+    """Body of `/v1/chat/completions` and `/chat_tokenize`."""
+
+    messages: list[Message]
+    logprobs: bool | None = None
+    top_logprobs: U32 | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = None
+    #: Wins over `max_tokens`, its old name.
+    max_completion_tokens: U32 | None = None
+    #: The next three are other servers': variables for the template, and how the prompt ends.
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    #: `None`: if the assistant said the last message.
+    continue_final_message: bool | None = None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """What the template is to see beside the messages."""
+        return self.chat_template_kwargs or {}
+
+    @property
+    def continues_last_message(self) -> bool:
+        """Whether the reply goes on with the last message, instead of answering it."""
+        if self.continue_final_message is None:
+            return _is_last_assistants(self.messages)
+        return self.continue_final_message and bool(self.messages)
+
+    def check_supported(self) -> None:
+        """Refuse what this server cannot do. Raises `ValidationError`."""
+        is_formatted = self.response_format is not None and self.response_format.get("type") != "text"
+        self._check_supported({"`tools`": _has_tools(self), "`response_format`": is_formatted})
+
+    def parameters(self) -> GenerateParameters:
+        """How to generate."""
+        return self._parameters(
+            top_p=self._limiting_top_p,
+            max_new_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            stop=self._stop_sequences,
+            top_n_tokens=self.top_logprobs,
+        )
+
+
+class TgiChatBody(_Body, frozen=True, kw_only=True):
+    """The same as TGI takes it."""
+
+    messages: list[Message]
+    logprobs: bool | None = None
+    top_logprobs: U32 | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    response_format: dict[str, Any] | None = None
+    #: Another name for `max_tokens`.
+    max_completion_tokens: U32 | None = None
+    stop: list[str] | None = None
+    stream_options: StreamOptions = StreamOptions()
+    #: Has no effect.
+    logit_bias: list[float] | None = None
+    #: Becomes the repetition penalty, less 2.
+    presence_penalty: float | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for what a type cannot say."""
+        check_seed(self.seed)
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise ValueError("Duplicate field `max_tokens`")
+        if self.response_format is not None and self.response_format.get("type") not in _GRAMMAR_TYPES:
+            raise ValueError(f"Expected `response_format.type` to be one of {', '.join(_GRAMMAR_TYPES)}")
+
+    @property
+    def includes_usage(self) -> bool:
+        """Whether a stream ends with what the whole request used."""
+        return self.stream_options.include_usage
+
+    @property
+    def request_class(self) -> RequestClass | None:
+        """TGI knows no classes."""
+        return None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """TGI's templates see the messages alone."""
+        return {}
+
+    @property
+    def add_generation_prompt(self) -> bool:
+        """TGI always does."""
+        return True
+
+    @property
+    def continues_last_message(self) -> bool:
+        """Whether the reply goes on with the last message, instead of answering it."""
+        return _is_last_assistants(self.messages)
+
+    def check_supported(self) -> None:
+        """Refuse what this server cannot do. Raises `ValidationError`."""
+        _refuse({"`tools`": _has_tools(self), "`response_format`": self.response_format is not None})
+
+    def parameters(self) -> GenerateParameters:
+        """How to generate."""
+        return self._parameters(
+            repetition_penalty=None if self.presence_penalty is None else self.presence_penalty + 2.0,
+            top_p=self.top_p,
+            max_new_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            stop=self.stop or [],
+            top_n_tokens=self.top_logprobs,
+        )
+
+
+def _has_tools(body: ChatBody | TgiChatBody) -> bool:
+    """A choice without tools to choose from means nothing, to TGI as well."""
+    return bool(body.tools) and body.tool_choice != "none"
+
+
+def _is_last_assistants(messages: list[Message]) -> bool:
+    return bool(messages) and messages[-1].is_assistants
+
+
+# --- completions
+
+
+class CompletionBody(_OpenAIBody, frozen=True, kw_only=True):
+    """Body of `/v1/completions`."""
+
+    #: One text or several, one list of tokens or several.
+    prompt: str | Annotated[list[str | U32 | _Tokens], Meta(min_length=1)]
+    repetition_penalty: float | None = None
+    suffix: str | None = None
+    logprobs: U32 | None = None
+    echo: bool | None = None
+    best_of: U32 | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ValueError` for what a type cannot say."""
+        check_seed(self.seed)
+        if isinstance(self.prompt, list) and len({type(item) for item in self.prompt}) > 1:
+            raise ValueError("Expected `prompt` to hold texts, or tokens, or lists of tokens")
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Texts, or tokens, to go on from: at least one."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [item for item in self.prompt if isinstance(item, int)]
+        return [tokens] if tokens else [item for item in self.prompt if not isinstance(item, int)]
+
+    def check_supported(self) -> None:
+        """Refuse what this server cannot do. Raises `ValidationError`."""
+        self._check_supported(
+            {
+                "`logprobs`": self.logprobs is not None,
+                "`echo`": bool(self.echo),
+                "`best_of` > 1": (self.best_of or 1) > 1,
+            }
+        )
+
+    def parameters(self) -> GenerateParameters:
+        """How to generate."""
+        return self._parameters(
+            repetition_penalty=self.repetition_penalty,
+            top_p=self._limiting_top_p,
+            max_new_tokens=self.max_tokens,
+            stop=self._stop_sequences,
+        )
+
+
+class TgiCompletionBody(_Body, frozen=True, kw_only=True):
+    """The same as TGI takes it."""
+
+    prompt: str | Annotated[list[str], Meta(min_length=1)]
+    repetition_penalty: float | None = None
+    suffix: str | None = None
+    stop: list[str] | None = None
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Texts to go on from: at least one."""
+        return [self.prompt] if isinstance(self.prompt, str) else [*self.prompt]
+
+    @property
+    def includes_usage(self) -> bool:
+        """TGI tells it where the reply to each prompt ends."""
+        return False
+
+    @property
+    def request_class(self) -> RequestClass | None:
+        """TGI knows no classes."""
+        return None
+
+    def check_supported(self) -> None:
+        """What TGI can do here, this server can."""
+
+    def parameters(self) -> GenerateParameters:
+        """How to generate."""
+        return self._parameters(
+            repetition_penalty=self.repetition_penalty,
+            top_p=self.top_p,
+            max_new_tokens=self.max_tokens,
+            stop=self.stop or [],
+        )
+
+
+AnyChatBody: TypeAlias = ChatBody | TgiChatBody
+AnyCompletionBody: TypeAlias = CompletionBody | TgiCompletionBody
