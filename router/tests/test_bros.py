@@ -534,6 +534,22 @@ def test_interruption_leaves_alone_what_the_running_step_may_still_write_to():
     assert bench.scheduler.plan(bench.now_s) is not None  # it runs after that step
 
 
+def test_interruption_leaves_alone_what_one_that_came_too_late_may_still_write_to():
+    """The ranks may run the late one after the step that it was to interrupt, and the new one in the middle of it."""
+    bench = Bench(num_blocks=18, can_interrupt=True)
+    running = begin_step(bench)  # 15 of 18 blocks
+    gone = bench.add(RT, 32, ttft_s=0.1)
+    late = bench.scheduler.interrupt(bench.now_s)
+    bench.scheduler.commit(bench.ranks.execute(running), 0.250)
+    bench.scheduler.finish(gone)
+    following = bench.scheduler.plan(0.250)
+    assert shapes(following) == [(1, 240, 1)]  # in the last block but the two of the sequence that is gone
+    bench.add(RT, 32, arrival_s=0.250, ttft_s=0.1)
+    assert bench.scheduler.interrupt(0.250) is None
+    bench.scheduler.commit(bench.ranks.execute_within(late), 0.251)
+    assert bench.scheduler.interrupt(0.251) is not None
+
+
 def test_blocks_are_kept_free_for_interruptions_at_the_cost_of_best_effort_sequences():
     """Of 40 blocks, 2 are the reserve. Chats grow into them, and get best-effort blocks instead where those can be
     needed at once; who lost them does not come back into the reserve."""

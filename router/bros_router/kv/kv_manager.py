@@ -116,9 +116,9 @@ class KVManager:
         #: Blocks that a tail leaves: nothing else may move into them within the same step.
         self._move_sources: set[int] = set()
         self._held_back: list[int] = []
-        #: Blocks given back since the last step was planned, and those since the one before: that step may still read
-        #: and write them.
-        self._given_back: deque[set[int]] = deque([set(), set()], maxlen=2)
+        #: Blocks given back since the last step was planned, since the one before and the one before that: these steps
+        #: may still read and write them.
+        self._given_back: deque[set[int]] = deque([set(), set(), set()], maxlen=3)
         self._may_share = preemption is Preemption.BIDIR
 
     # --- what there is
@@ -556,14 +556,14 @@ class KVManager:
 
     @contextmanager
     def beside_planned_steps(self, num_steps: int) -> Iterator[None]:
-        """Within this, only whole blocks can be taken that were free when the last step, or that before, was planned.
+        """Within this, only whole blocks can be taken that were free when the last `num_steps` steps were planned.
 
         What runs in the middle of that one must not write where it still reads or writes, or where the last one copies
         from: blocks whose sequences have ended or given way since, and their part of blocks that they shared. Nor can
         it read what these steps are to compute.
 
         Args:
-            num_steps: how many of the steps that were planned may still have to run: 1 or 2.
+            num_steps: how many of the steps that were planned last may not have ended: 1 to 3.
         """
         may_share, self._may_share = self._may_share, False
         given_back = set[int]().union(*islice(reversed(self._given_back), num_steps))

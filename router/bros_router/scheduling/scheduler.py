@@ -212,8 +212,11 @@ class Scheduler:
             waiting_s = sum(step.predicted_s for step in self._in_flight) + self._in_flight[-1].rt_decode_s
             next_s = running.start_s + margin * waiting_s
         latest_end_s = now_s + self._spare_s(now_s, margin)
+        # What was sent to interrupt the step that ended last may have come too late, and still run.
+        first_id = self._in_flight[0].step_id
+        is_one_left = any(step_id < first_id for step_id in self._interruptions)
         draft = self._draft(now_s, now_s)
-        with self._kv.beside_planned_steps(len(self._in_flight)):
+        with self._kv.beside_planned_steps(len(self._in_flight) + is_one_left):
             self._policy.interrupt(draft, max(now_s, next_s), latest_end_s)
             draft.detach_unused()
         self._relegated += draft.relegated
