@@ -133,11 +133,13 @@ class CpuAttention:
         if group not in self._steps:
             self._steps[group] = self._make_step(_MAX_QUERY_ROWS // group)
         step, _ = self._steps[group]
-        cos, sin = (None, None) if angles is None else (angles[0].data_ptr(), angles[1].data_ptr())
+        cos, sin, rotary_dim = None, None, 0
+        if angles is not None:
+            cos, sin, rotary_dim = angles[0].data_ptr(), angles[1].data_ptr(), angles[0].shape[-1]
         out = torch.empty(len(qkv), layer.num_heads * layer.head_dim, dtype=qkv.dtype)
         self._attend(
             *(ctypes.addressof(step), ctypes.addressof(self._layers[layer]), qkv.data_ptr()),
-            *(cos, sin, k.data_ptr(), v.data_ptr(), out.data_ptr()),
+            *(cos, sin, rotary_dim, k.data_ptr(), v.data_ptr(), out.data_ptr()),
         )
         return out
 
@@ -172,4 +174,5 @@ def _describe(layer: AttentionLayer) -> CAttention:
         None if layer.k_norm is None else layer.k_norm.data_ptr(),
         layer.norm_eps,
         layer.scale,
+        layer.softcap or 0.0,
     )

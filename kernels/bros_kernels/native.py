@@ -28,7 +28,11 @@ _FUNCTIONS: Final = {
     ),  # linear, x, x_stride, m, residual, out
     "bros_rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p),
     "bros_most_likely": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
-    "bros_attend": (c_void_p,) * 8,  # step, attention, qkv, cos, sin, k, v, out
+    "bros_attend": (
+        *(c_void_p,) * 5,
+        c_int64,
+        *(c_void_p,) * 3,
+    ),  # step, attention, qkv, cos, sin, rotary_dim, k, v, out
 }
 
 
@@ -76,6 +80,7 @@ class CAttention(ctypes.Structure):
         ("k_norm", c_void_p),
         ("norm_eps", c_float),
         ("scale", c_float),
+        ("softcap", c_float),
     )
 
 

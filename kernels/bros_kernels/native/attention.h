@@ -44,13 +44,16 @@ struct bros_attention {
     const uint16_t *q_norm, *k_norm; /* (head_dim): heads are RMS-normalised with these; or NULL */
     float norm_eps;
     float scale;
+    float softcap; /* a score s becomes softcap * tanh(s / softcap); 0: it stays */
 };
 
 /* Attention of a step's new tokens: normalise and rotate their queries and keys, store keys and values, attend.
  *
- * qkv: (num_tokens, num_heads + 2 * num_kv_heads, head_dim), overwritten; cos and sin: (num_tokens, head_dim), sin
- * negative in the first half, or both NULL; k, v: the layer's region; out: (num_tokens, num_heads, head_dim). */
+ * qkv: (num_tokens, num_heads + 2 * num_kv_heads, head_dim), overwritten; cos and sin: (num_tokens, rotary_dim), sin
+ * negative in the first half, or both NULL; rotary_dim: even, how many numbers of a head are rotated, the first ones;
+ * k, v: the layer's region; out: (num_tokens, num_heads, head_dim). */
 BROS_EXPORT void bros_attend(const struct bros_step *step, const struct bros_attention *attention, uint16_t *qkv,
-                             const uint16_t *cos, const uint16_t *sin, uint16_t *k, uint16_t *v, uint16_t *out);
+                             const uint16_t *cos, const uint16_t *sin, int64_t rotary_dim, uint16_t *k, uint16_t *v,
+                             uint16_t *out);
 
 #endif
