@@ -88,6 +88,10 @@ class ConfigFields:
         """These fields with some replaced."""
         return ConfigFields({**self._values, **values}, self._prefix)
 
+    def with_defaults(self, values: Mapping[str, Any]) -> ConfigFields:
+        """These fields, those filled in that are absent or null."""
+        return self.updated({name: value for name, value in values.items() if self.is_null(name)})
+
     def refusal(self, name: str, reason: str) -> UnsupportedModelError:
         """The error that refuses the model for this field's value."""
         return UnsupportedModelError(f"config.json: {self._prefix}{name} = {self._values.get(name)!r}: {reason}")

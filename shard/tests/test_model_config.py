@@ -30,7 +30,7 @@ from bros_shard.models.registry import read_dtype
         ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06: must be a positive number"),
         ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings = 1: is of the wrong type"),
         ("llama", {"dtype": "int8"}, "dtype = 'int8': this dtype is not supported"),
-        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type = 'longrope'"),
+        ("llama", {"rope_parameters": {"rope_type": "axial"}}, "rope_parameters.rope_type = 'axial'"),
         ("mistral", {"sliding_window": 0}, "sliding_window = 0: must be at least 1"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']: must say"),
         ("qwen3", {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, "layer_types = ['full"),

@@ -10,15 +10,19 @@ from torch import Tensor
 from bros_kernels.linear import Activation
 from bros_kernels.paged_attention import Angles, PagedAttention
 from bros_shard.model_config import ConfigFields
+from bros_shard.models.attention import Attention, separate_qkv
+from bros_shard.models.heads import Heads
 from bros_shard.models.layers import (
-    Attention,
     GatedMLP,
     Vocabulary,
     check_divisible,
+    gated_linear,
+    qk_norms,
     read_activation,
     rms_norm,
+    row_parallel,
 )
-from bros_shard.models.model import KVShape, LayerKV, ModelLimits
+from bros_shard.models.model import LayerKV, ModelLimits
 from bros_shard.models.rotary import RopeFrequencies, Rotary, read_rope
 from bros_shard.weights import RankWeights
 
@@ -92,8 +96,8 @@ class Llama:
         check_divisible(weights.parallel, config.num_heads, config.num_kv_heads, config.inner_size)
         self.vocab_size = config.vocab_size
         self.max_length = config.max_length
-        num_local_kv_heads = max(1, config.num_kv_heads // weights.parallel.world_size)
-        self.kv_shape = KVShape(config.num_layers, num_local_kv_heads, config.head_dim)
+        heads = Heads(weights.parallel, config.num_heads, config.num_kv_heads, config.head_dim)
+        self.kv_shape = heads.kv_shape(config.num_layers)
         self._vocabulary = Vocabulary(
             weights,
             "model.embed_tokens",
@@ -102,7 +106,7 @@ class Llama:
             config.hidden_size,
         )
         self._rotary = Rotary(config.rope, weights.device, weights.dtype)
-        self._layers = [LlamaLayer(config, weights, index) for index in range(config.num_layers)]
+        self._layers = [LlamaLayer(config, heads, weights, index) for index in range(config.num_layers)]
         self._norm = rms_norm(weights, "model.norm", config.hidden_size, config.norm_eps)
         self._kernels = weights.kernels
 
@@ -122,31 +126,33 @@ class Llama:
 class LlamaLayer:
     """Attention and a gated MLP, each normalised before and added to what came in."""
 
-    def __init__(self, config: LlamaConfig, weights: RankWeights, index: int) -> None:
+    def __init__(self, config: LlamaConfig, heads: Heads, weights: RankWeights, index: int) -> None:
         prefix = f"model.layers.{index}"
-        self._attention = Attention(
-            weights,
-            f"{prefix}.self_attn",
-            hidden_size=config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            has_qkv_bias=config.has_qkv_bias,
-            has_output_bias=config.has_output_bias,
-            norm=rms_norm(weights, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps),
-            qk_norm_eps=config.norm_eps if config.has_qk_norm else None,
-            window=config.windows[index] if config.windows else None,
-        )
-        self._mlp = GatedMLP(
-            weights,
-            f"{prefix}.mlp",
-            config.hidden_size,
-            config.inner_size,
-            config.activation,
-            config.has_mlp_bias,
-            norm=rms_norm(weights, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps),
-        )
+        self._attention = _attention(config, heads, weights, prefix, config.windows[index] if config.windows else None)
+        self._mlp = _mlp(config, weights, prefix)
 
     def __call__(self, hidden: Tensor, angles: Angles, kv: LayerKV, attention: PagedAttention) -> Tensor:
         hidden = self._attention(hidden, hidden, angles, kv, attention)
         return self._mlp(hidden, hidden)
+
+
+def _attention(config: LlamaConfig, heads: Heads, weights: RankWeights, prefix: str, window: int | None) -> Attention:
+    hidden_size, name = config.hidden_size, f"{prefix}.self_attn"
+    norm = rms_norm(weights, f"{prefix}.input_layernorm", hidden_size, config.norm_eps)
+    norms = qk_norms(weights, name, heads.head_dim, config.norm_eps) if config.has_qk_norm else None
+    output_size = heads.num_heads * heads.head_dim
+    return Attention(
+        heads.attention_layer(window=window, qk_norms=norms),
+        separate_qkv(weights, name, heads, hidden_size, config.has_qkv_bias, norm),
+        row_parallel(weights, f"{name}.o_proj", hidden_size, output_size, config.has_output_bias),
+    )
+
+
+def _mlp(config: LlamaConfig, weights: RankWeights, prefix: str) -> GatedMLP:
+    hidden_size, inner_size, name = config.hidden_size, config.inner_size, f"{prefix}.mlp"
+    norm = rms_norm(weights, f"{prefix}.post_attention_layernorm", hidden_size, config.norm_eps)
+    names = f"{name}.gate_proj", f"{name}.up_proj"
+    return GatedMLP(
+        gated_linear(weights, names, inner_size, hidden_size, config.activation, config.has_mlp_bias, norm),
+        row_parallel(weights, f"{name}.down_proj", hidden_size, inner_size, config.has_mlp_bias),
+    )
