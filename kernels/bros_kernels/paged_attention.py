@@ -13,6 +13,8 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
+from bros_kernels.linear import RMSNorm
+
 #: cos and sin of the new tokens' positions, (T, 1, rotary_dim) each; sin is negative in the first half. rotary_dim is
 #: even, and the size of a head or less.
 Angles: TypeAlias = tuple[Tensor, Tensor]
@@ -28,9 +30,8 @@ class AttentionLayer:
     scale: float  # of the scores
     window: int | None = None  # a token sees itself and the `window - 1` tokens before it; None: all of them
     softcap: float | None = None  # a score s becomes softcap * tanh(s / softcap); None: it stays
-    q_norm: Tensor | None = None  # (head_dim): each head's query is RMS-normalised with this; None: it is not
-    k_norm: Tensor | None = None
-    norm_eps: float = 0.0
+    q_norm: RMSNorm | None = None  # of each head's query; None: it is not normalised
+    k_norm: RMSNorm | None = None
 
 
 class PagedAttention(Protocol):

@@ -35,9 +35,9 @@ class ReferenceAttention:
         heads = qkv.view(len(qkv), -1, layer.head_dim)
         q, k_new, v_new = heads.split_with_sizes((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), 1)
         if layer.q_norm is not None:
-            q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, layer.norm_eps)
+            q = layer.q_norm(q)
         if layer.k_norm is not None:
-            k_new = F.rms_norm(k_new, layer.k_norm.shape, layer.k_norm, layer.norm_eps)
+            k_new = layer.k_norm(k_new)
         if angles is not None:
             q, k_new = rotate(q, *angles), rotate(k_new, *angles)
         k, v = k.flatten(0, 1), v.flatten(0, 1)

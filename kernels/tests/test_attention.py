@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.kernels import Kernels, select_kernels
+from bros_kernels.linear import RMSNorm
 from bros_kernels.paged_attention import AttentionLayer
 from bros_kernels.tails import copy_tails
 
@@ -231,18 +232,21 @@ def test_scores_that_differ_by_orders_of_magnitude(kind: tuple[Kernels, torch.dt
     assert_right(run(kernels, case, "±", scale=40.0), case, scale=40.0)
 
 
-@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("norm_offset", [None, 0.0, 1.0])
 @pytest.mark.parametrize("rotary_share", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("head_dim", [16, 32, 96])
 @pytest.mark.parametrize("name_and_dtype", [("torch", torch.float32), ("auto", torch.bfloat16)], ids=str)
 def test_queries_and_keys_are_normalised_then_rotated(
-    name_and_dtype: tuple[str, torch.dtype], head_dim: int, rotary_share: float, has_norm: bool
+    name_and_dtype: tuple[str, torch.dtype], head_dim: int, rotary_share: float, norm_offset: float | None
 ) -> None:
     """One sequence of 21 tokens, 3 query heads and 1 key head, of which the first part is rotated."""
     name, dtype = name_and_dtype
     num_tokens, num_heads = 21, 3
     heads = torch.randn(num_tokens, num_heads + 2, head_dim).to(dtype)
-    norms = [torch.rand(head_dim).add(0.5).to(dtype) for _ in range(2)]
+    norms: list[RMSNorm | None] = [None, None]
+    if norm_offset is not None:
+        # Whatever the offset, what is multiplied with lies between 0.5 and 1.5.
+        norms = [RMSNorm(torch.rand(head_dim).add(0.5 - norm_offset).to(dtype), 1e-5, norm_offset) for _ in range(2)]
     rotary_dim = int(head_dim * rotary_share)
     turns = torch.rand(num_tokens, 1, rotary_dim // 2) * 6
     cos = torch.cat([turns.cos(), turns.cos()], -1).to(dtype)
@@ -252,9 +256,8 @@ def test_queries_and_keys_are_normalised_then_rotated(
         num_kv_heads=1,
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        q_norm=norms[0] if has_norm else None,
-        k_norm=norms[1] if has_norm else None,
-        norm_eps=1e-5,
+        q_norm=norms[0],
+        k_norm=norms[1],
     )
     meta = AttnMeta(
         block_table=torch.tensor([[1, ~0]], dtype=torch.int32),
@@ -271,8 +274,10 @@ def test_queries_and_keys_are_normalised_then_rotated(
     found = select(name, dtype).attention(meta).attend(layer, heads.flatten(1).clone(), angles, k, v)
 
     q, keys, values = heads.double().split([num_heads, 1, 1], 1)
-    if has_norm:
-        q, keys = (F.rms_norm(x, (head_dim,), norm.double(), 1e-5) for x, norm in ((q, norms[0]), (keys, norms[1])))
+    q, keys = (
+        x if norm is None else F.rms_norm(x, (head_dim,), norm.offset + norm.weight.double(), norm.eps)
+        for x, norm in zip((q, keys), norms, strict=True)
+    )
     first, second = cos.double()[..., : rotary_dim // 2], sin.double()[..., rotary_dim // 2 :]
     sizes = [rotary_dim // 2, rotary_dim // 2, head_dim - rotary_dim]
     q, keys = (

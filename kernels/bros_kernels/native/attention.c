@@ -50,9 +50,9 @@ AVX512BF16 static void prepare_tile(const void *argument, int64_t tile)
     for (int64_t token = tile * TILE_TOKENS; token < stop; token++) {
         uint16_t *x = job->qkv + token * job->qkv_stride;
         for (int64_t head = 0; head < num_rotated; head++) {
-            const uint16_t *norm = head < num_heads ? attention->q_norm : attention->k_norm;
-            if (norm)
-                normalise(x + head * head_dim, head_dim, norm, attention->norm_eps, x + head * head_dim);
+            const struct bros_norm *norm = head < num_heads ? &attention->q_norm : &attention->k_norm;
+            if (norm->weight)
+                normalise(x + head * head_dim, head_dim, norm, x + head * head_dim);
             if (job->cos)
                 rotate(x + head * head_dim, rotary_dim, job->cos + token * rotary_dim, job->sin + token * rotary_dim);
         }

@@ -12,6 +12,7 @@
 
 #include <stdint.h>
 
+#include "norm.h"
 #include "pool.h"
 
 /* Query tokens that are computed together: some of one sequence. */
@@ -41,8 +42,7 @@ struct bros_attention {
     int64_t num_heads, num_kv_heads; /* query head h reads key head h / (num_heads / num_kv_heads) */
     int64_t head_dim;                /* a multiple of 32 */
     int64_t window;                  /* a token sees so many tokens up to itself; 0: all of them */
-    const uint16_t *q_norm, *k_norm; /* (head_dim): heads are RMS-normalised with these; or NULL */
-    float norm_eps;
+    struct bros_norm q_norm, k_norm; /* of each head */
     float scale;
     float softcap; /* a score s becomes softcap * tanh(s / softcap); 0: it stays */
 };

@@ -62,7 +62,7 @@ class Heads:
 
         Args:
             scale: of the scores; None: head_dim ** -0.5.
-            qk_norms: of each head's query and of its key, with the same epsilon.
+            qk_norms: of each head's query and of its key.
         """
         q_norm, k_norm = qk_norms or (None, None)
         return AttentionLayer(
@@ -72,7 +72,6 @@ class Heads:
             scale=self.head_dim**-0.5 if scale is None else scale,
             window=window,
             softcap=softcap,
-            q_norm=None if q_norm is None else q_norm.weight,
-            k_norm=None if k_norm is None else k_norm.weight,
-            norm_eps=0.0 if q_norm is None else q_norm.eps,
+            q_norm=q_norm,
+            k_norm=k_norm,
         )

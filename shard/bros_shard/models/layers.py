@@ -68,7 +68,7 @@ def row_parallel(weights: RankWeights, name: str, out_features: int, in_features
 
 def rms_norm(weights: RankWeights, name: str, size: int, eps: float, offset: float = 0.0) -> RMSNorm:
     """The normalisation whose weight the checkpoint calls `name`, which keeps it less `offset`."""
-    return RMSNorm(weights.whole(f"{name}.weight", (size,)).add_(offset), eps)
+    return RMSNorm(weights.whole(f"{name}.weight", (size,)), eps, offset)
 
 
 def qk_norms(
