@@ -57,6 +57,17 @@ _OPT = {
     "pad_token_id": None,
 }
 
+_GPT2 = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": MAX_LENGTH,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+
 
 def _rope(rope_type: str, **parameters: float) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1000.0, **parameters}}
@@ -114,6 +125,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
     ),
     "opt-no-final-norm": ("OPT", _OPT | {"_remove_final_layer_norm": True, "tie_word_embeddings": False}),
+    "gpt2": ("GPT2", _GPT2),
+    "gpt2-scales": ("GPT2", _GPT2 | {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt2-untied": (
+        "GPT2",
+        _GPT2 | {"n_inner": 96, "activation_function": "relu", "layer_norm_epsilon": 0.1, "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -130,12 +147,12 @@ class Reference:
 def _make_model(kind: str, options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**options)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_norm_scale = "norm" in name and name.endswith("weight")
+            is_norm_scale = ("norm" in name or "ln_" in name) and name.endswith("weight")
             # Small embeddings: a tied head would otherwise do no more than repeat the last token.
-            scale = 0.05 if "embed_tokens" in name else 0.2
+            scale = 0.05 if parameter is model.get_input_embeddings().weight else 0.2
             parameter.normal_(1.0 if is_norm_scale else 0.0, scale)
     model.tie_weights()
     return model

@@ -17,7 +17,7 @@ from bros_shard.models.registry import read_dtype
 @pytest.mark.parametrize(
     ("model", "change", "message"),
     [
-        ("llama", {"architectures": ["GPT2LMHeadModel"]}, "architectures = ['GPT2LMHeadModel']: supported are Llama"),
+        ("llama", {"architectures": ["BloomForCausalLM"]}, "architectures = ['BloomForCausalLM']: supported are "),
         ("llama", {"architectures": None}, "architectures = None: the model needs this field"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: quantised weights"),
         ("llama", {"hidden_act": "relu2"}, "hidden_act = 'relu2': this activation is not supported"),
@@ -36,6 +36,8 @@ from bros_shard.models.registry import read_dtype
         ("qwen3", {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, "layer_types = ['full"),
         ("opt", {"activation_function": "quick_gelu"}, "activation_function = 'quick_gelu': this activation"),
         ("opt", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),
+        ("gpt2", {"n_head": 5}, "n_head = 5: does not divide n_embd = 64"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True: attention to an encoder"),
     ],
 )
 def test_models_are_refused_by_the_name_of_a_field(
@@ -64,9 +66,12 @@ def test_unreadable_config_is_refused(content: str | None, message: str, tmp_pat
         ConfigFields.load(tmp_path)
 
 
-def test_an_operator_cannot_scale_learned_positions(reference, make_worker) -> None:
+@pytest.mark.parametrize(("name", "field"), [("opt", "max_position_embeddings"), ("gpt2", "n_positions")])
+def test_an_operator_cannot_scale_or_add_learned_positions(name: str, field: str, reference, make_worker) -> None:
     with pytest.raises(UnsupportedModelError, match="rope_scaling: the model has no rotary embedding"):
-        make_worker(reference("opt").path, rope_scaling="linear", rope_factor=2.0)
+        make_worker(reference(name).path, rope_scaling="linear", rope_factor=2.0)
+    with pytest.raises(UnsupportedModelError, match=f"{field} = 128: sequences of 129 tokens"):
+        make_worker(reference(name).path, max_length=129)
 
 
 def test_dtype_is_read_from_either_name() -> None:

@@ -46,7 +46,7 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3", "opt", "opt-350m-like"])
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3", "opt", "opt-350m-like", "gpt2"])
 def test_float32_logits_equal_transformers(name: str, reference) -> None:
     expected = reference(name)
     with torch.inference_mode():
@@ -55,7 +55,7 @@ def test_float32_logits_equal_transformers(name: str, reference) -> None:
     torch.testing.assert_close(found, logits, rtol=2e-5, atol=2e-5 * float(logits.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-head-dim", "qwen3-window-bias", "opt"])
+@pytest.mark.parametrize("name", ["llama", "llama-head-dim", "qwen3-window-bias", "opt", "gpt2"])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference) -> None:
     expected = reference(name)
     prompt = expected.prompts[10]
@@ -67,24 +67,32 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference
     assert (ours - exact).square().mean() < 1.2 * (theirs - exact).square().mean()
 
 
-def test_tied_model_ignores_a_head_in_the_checkpoint(reference, tmp_path: Path) -> None:
-    expected = reference("llama-tied")
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("llama-tied", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("gpt2", ["lm_head.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+    ],
+)
+def test_tied_heads_frequencies_and_masks_in_a_checkpoint_are_ignored(
+    name: str, extra: list[str], reference, tmp_path: Path
+) -> None:
+    expected = reference(name)
     (tmp_path / "config.json").write_text((expected.path / "config.json").read_text())
     tensors = load_file(expected.path / "model.safetensors")
-    assert "lm_head.weight" not in tensors
-    tensors["lm_head.weight"] = torch.zeros(131, 64)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
-    save_file(tensors, tmp_path / "model.safetensors")
+    assert tensors.keys().isdisjoint(extra)
+    save_file(tensors | {each: torch.zeros(8, 8) for each in extra}, tmp_path / "model.safetensors")
     prompt = expected.prompts[3]
     assert torch.equal(logits_of(tmp_path, prompt, torch.float32), logits_of(expected.path, prompt, torch.float32))
 
 
-def test_first_opt_checkpoints_lack_the_outer_module(reference, tmp_path: Path) -> None:
-    expected = reference("opt")
+@pytest.mark.parametrize(("name", "module"), [("opt", "model."), ("gpt2", "transformer.")])
+def test_first_checkpoints_lack_the_outer_module(name: str, module: str, reference, tmp_path: Path) -> None:
+    expected = reference(name)
     (tmp_path / "config.json").write_text((expected.path / "config.json").read_text())
     tensors = load_file(expected.path / "model.safetensors")
     save_file(
-        {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+        {name.removeprefix(module): tensor for name, tensor in tensors.items()},
         tmp_path / "model.safetensors",
     )
     prompt = expected.prompts[3]

@@ -10,6 +10,7 @@ import torch
 
 from bros_kernels.kernels import Kernels
 from bros_shard.model_config import ConfigFields
+from bros_shard.models.gpt2 import GPT2, read_gpt2
 from bros_shard.models.llama import Llama, read_llama
 from bros_shard.models.mistral import read_mistral
 from bros_shard.models.model import CausalLM, ModelLimits
@@ -22,6 +23,7 @@ from bros_shard.weights import Checkpoint, OnProgress, RankWeights
 _Family: TypeAlias = tuple[Callable[[ConfigFields, ModelLimits], Any], Callable[[Any, RankWeights], CausalLM]]
 
 _FAMILIES: Final[dict[str, _Family]] = {
+    "GPT2LMHeadModel": (read_gpt2, GPT2),
     "LlamaForCausalLM": (read_llama, Llama),
     "MistralForCausalLM": (read_mistral, Llama),
     "Qwen2ForCausalLM": (read_qwen2, Llama),
@@ -29,8 +31,8 @@ _FAMILIES: Final[dict[str, _Family]] = {
     "OPTForCausalLM": (read_opt, OPT),
 }
 
-#: Tensors that some checkpoints carry and no model reads: a tied head's copy, frequencies that are computed.
-_IGNORED_TENSORS: Final = ("lm_head.weight", ".rotary_emb.inv_freq")
+#: Tensors that some checkpoints carry and no model reads: a tied head's copy, frequencies that are computed, masks.
+_IGNORED_TENSORS: Final = ("lm_head.weight", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 DTYPES: Final = {
     "float32": torch.float32,
