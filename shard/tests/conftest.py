@@ -57,6 +57,17 @@ _OPT = {
     "pad_token_id": None,
 }
 
+_NEOX = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_LENGTH,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
 _GPT2 = {
     "vocab_size": VOCAB_SIZE,
     "n_embd": 64,
@@ -125,6 +136,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
     ),
     "opt-no-final-norm": ("OPT", _OPT | {"_remove_final_layer_norm": True, "tie_word_embeddings": False}),
+    "gpt-neox": ("GPTNeoX", _NEOX),
+    "gpt-neox-sequential": (
+        "GPTNeoX",
+        _NEOX
+        | {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 0.001,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 1.0},
+        },
+    ),
     "gpt2": ("GPT2", _GPT2),
     "gpt2-scales": ("GPT2", _GPT2 | {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
     "gpt2-untied": (

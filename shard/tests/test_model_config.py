@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.gpt_neox import read_gpt_neox
+from bros_shard.models.model import ModelLimits
 from bros_shard.models.registry import read_dtype
 
 
@@ -36,6 +39,7 @@ from bros_shard.models.registry import read_dtype
         ("qwen3", {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, "layer_types = ['full"),
         ("opt", {"activation_function": "quick_gelu"}, "activation_function = 'quick_gelu': this activation"),
         ("opt", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),
+        ("gpt-neox", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),
         ("gpt2", {"n_head": 5}, "n_head = 5: does not divide n_embd = 64"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True: attention to an encoder"),
     ],
@@ -72,6 +76,16 @@ def test_an_operator_cannot_scale_or_add_learned_positions(name: str, field: str
         make_worker(reference(name).path, rope_scaling="linear", rope_factor=2.0)
     with pytest.raises(UnsupportedModelError, match=f"{field} = 128: sequences of 129 tokens"):
         make_worker(reference(name).path, max_length=129)
+
+
+def test_first_gpt_neox_configs_mean_the_same() -> None:
+    fields = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1}
+    fields |= {"num_attention_heads": 2, "max_position_embeddings": 16}
+    older = read_gpt_neox(ConfigFields(fields | {"rotary_emb_base": 500, "rotary_pct": 0.5}), ModelLimits())
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    today = read_gpt_neox(ConfigFields(fields | {"rope_parameters": rope}), ModelLimits())
+    assert torch.equal(older.rope.inverse, today.rope.inverse)
+    assert len(read_gpt_neox(ConfigFields(fields), ModelLimits()).rope.inverse) == 4  # a quarter of 32, in pairs
 
 
 def test_dtype_is_read_from_either_name() -> None:

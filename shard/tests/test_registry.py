@@ -46,7 +46,9 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3", "opt", "opt-350m-like", "gpt2"])
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral-window", "qwen2", "qwen3", "opt", "opt-350m-like", "gpt2", "gpt-neox"]
+)
 def test_float32_logits_equal_transformers(name: str, reference) -> None:
     expected = reference(name)
     with torch.inference_mode():
@@ -55,7 +57,7 @@ def test_float32_logits_equal_transformers(name: str, reference) -> None:
     torch.testing.assert_close(found, logits, rtol=2e-5, atol=2e-5 * float(logits.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-head-dim", "qwen3-window-bias", "opt", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "llama-head-dim", "qwen3-window-bias", "opt", "gpt2", "gpt-neox"])
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference) -> None:
     expected = reference(name)
     prompt = expected.prompts[10]
@@ -72,6 +74,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference
     [
         ("llama-tied", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]),
         ("gpt2", ["lm_head.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gpt-neox-sequential", ["embed_out.weight", "gpt_neox.layers.0.attention.masked_bias"]),
     ],
 )
 def test_tied_heads_frequencies_and_masks_in_a_checkpoint_are_ignored(

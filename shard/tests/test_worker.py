@@ -62,8 +62,10 @@ MODELS = (
     "gpt2",
     "gpt2-scales",
     "gpt2-untied",
+    "gpt-neox",
+    "gpt-neox-sequential",
 )
-FAMILIES = ("llama", "mistral-window", "qwen2-window", "qwen3", "opt-350m-like", "gpt2")
+FAMILIES = ("llama", "mistral-window", "qwen2-window", "qwen3", "opt-350m-like", "gpt2", "gpt-neox")
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ import torch
 from bros_kernels.kernels import Kernels
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.gpt2 import GPT2, read_gpt2
+from bros_shard.models.gpt_neox import GPTNeoX, read_gpt_neox
 from bros_shard.models.llama import Llama, read_llama
 from bros_shard.models.mistral import read_mistral
 from bros_shard.models.model import CausalLM, ModelLimits
@@ -24,6 +25,7 @@ _Family: TypeAlias = tuple[Callable[[ConfigFields, ModelLimits], Any], Callable[
 
 _FAMILIES: Final[dict[str, _Family]] = {
     "GPT2LMHeadModel": (read_gpt2, GPT2),
+    "GPTNeoXForCausalLM": (read_gpt_neox, GPTNeoX),
     "LlamaForCausalLM": (read_llama, Llama),
     "MistralForCausalLM": (read_mistral, Llama),
     "Qwen2ForCausalLM": (read_qwen2, Llama),
@@ -32,7 +34,15 @@ _FAMILIES: Final[dict[str, _Family]] = {
 }
 
 #: Tensors that some checkpoints carry and no model reads: a tied head's copy, frequencies that are computed, masks.
-_IGNORED_TENSORS: Final = ("lm_head.weight", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+_IGNORED_TENSORS: Final = (
+    "lm_head.weight",
+    "embed_out.weight",
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 
 DTYPES: Final = {
     "float32": torch.float32,
