@@ -80,7 +80,7 @@ _GPT2 = {
 }
 
 
-def _rope(rope_type: str, **parameters: float) -> dict[str, Any]:
+def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1000.0, **parameters}}
 
 
@@ -128,6 +128,19 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 6,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
+    ),
+    "phi3": ("Phi3", _LLAMA | {"sliding_window": 7}),
+    "phi3-longrope": (
+        "Phi3",
+        _LLAMA
+        | {"tie_word_embeddings": True, "original_max_position_embeddings": MAX_LENGTH}
+        | _rope(
+            "longrope",
+            factor=4.0,
+            partial_rotary_factor=0.75,
+            short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+            long_factor=[9.0] * 6,
+        ),
     ),
     "opt": ("OPT", _OPT),
     "opt-350m-like": ("OPT", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),

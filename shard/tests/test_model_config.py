@@ -37,6 +37,8 @@ from bros_shard.models.registry import read_dtype
         ("mistral", {"sliding_window": 0}, "sliding_window = 0: must be at least 1"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']: must say"),
         ("qwen3", {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, "layer_types = ['full"),
+        ("phi3", {"attention_bias": True}, "attention_bias = True: this family has none"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn': this family"),
         ("opt", {"activation_function": "quick_gelu"}, "activation_function = 'quick_gelu': this activation"),
         ("opt", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),
         ("gpt-neox", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),

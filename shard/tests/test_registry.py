@@ -47,7 +47,8 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral-window", "qwen2", "qwen3", "opt", "opt-350m-like", "gpt2", "gpt-neox"]
+    "name",
+    ["llama", "mistral-window", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "opt-350m-like", "gpt2", "gpt-neox"],
 )
 def test_float32_logits_equal_transformers(name: str, reference) -> None:
     expected = reference(name)

@@ -55,6 +55,8 @@ MODELS = (
     "qwen2-window",
     "qwen3",
     "qwen3-window-bias",
+    "phi3",
+    "phi3-longrope",
     "opt",
     "opt-350m-like",
     "opt-plain",
@@ -65,7 +67,7 @@ MODELS = (
     "gpt-neox",
     "gpt-neox-sequential",
 )
-FAMILIES = ("llama", "mistral-window", "qwen2-window", "qwen3", "opt-350m-like", "gpt2", "gpt-neox")
+FAMILIES = ("llama", "mistral-window", "qwen2-window", "qwen3", "phi3", "opt-350m-like", "gpt2", "gpt-neox")
 
 
 @pytest.fixture(autouse=True)

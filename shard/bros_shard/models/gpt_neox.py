@@ -75,8 +75,11 @@ class GPTNeoX:
         self.max_length = config.max_length
         heads = Heads(weights.parallel, config.num_heads, config.num_heads, hidden_size // config.num_heads)
         self.kv_shape = heads.kv_shape(config.num_layers)
-        head_name = None if config.is_head_tied else "embed_out"
-        self._vocabulary = Vocabulary(weights, "gpt_neox.embed_in", head_name, config.vocab_size, hidden_size)
+        # Checkpoints call the head `embed_out`, unless transformers 5 was asked not to save in their format.
+        head_name = "lm_head" if "lm_head.weight" in weights.checkpoint else "embed_out"
+        self._vocabulary = Vocabulary(
+            weights, "gpt_neox.embed_in", None if config.is_head_tied else head_name, config.vocab_size, hidden_size
+        )
         self._rotary = Rotary(config.rope, weights.device, weights.dtype)
         self._layers = [
             GPTNeoXLayer(config, heads, weights, f"gpt_neox.layers.{index}") for index in range(config.num_layers)

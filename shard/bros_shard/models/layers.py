@@ -144,13 +144,15 @@ def fused_gated_linear(
     out_features: int,
     in_features: int,
     activation: Activation,
+    has_bias: bool,
     norm: RMSNorm | None = None,
 ) -> Linear:
-    """The same of one tensor without bias, which holds the rows of gate, then those of up."""
+    """The same of one projection, whose weight holds the rows of gate, then those of up."""
     rank, world_size = weights.parallel.rank, weights.parallel.world_size
-    shape = (2 * out_features, in_features)
-    weight = weights.blocks(f"{name}.weight", shape, out_features // world_size, (rank, world_size + rank))
-    return weights.kernels.gated_linear(weight, None, activation, norm)
+    size, chosen = out_features // world_size, (rank, world_size + rank)
+    weight = weights.blocks(f"{name}.weight", (2 * out_features, in_features), size, chosen)
+    bias = weights.blocks(f"{name}.bias", (2 * out_features,), size, chosen) if has_bias else None
+    return weights.kernels.gated_linear(weight, bias, activation, norm)
 
 
 class GatedMLP:

@@ -1,4 +1,4 @@
-"""The Llama decoder, which Mistral, Qwen2 and Qwen3 share but for biases, windows and normalised heads."""
+"""The Llama decoder: Mistral, Qwen and Phi-3 differ from it by biases, windows, normalised heads, fused weights."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from torch import Tensor
 from bros_kernels.linear import Activation
 from bros_kernels.paged_attention import Angles, PagedAttention
 from bros_shard.model_config import ConfigFields
-from bros_shard.models.attention import Attention, separate_qkv
+from bros_shard.models.attention import Attention, QKVLayout, fused_qkv, separate_qkv
 from bros_shard.models.heads import Heads
 from bros_shard.models.layers import (
     GatedMLP,
     Vocabulary,
     check_divisible,
+    fused_gated_linear,
     gated_linear,
     qk_norms,
     read_activation,
@@ -47,14 +48,18 @@ class LlamaConfig:
     has_output_bias: bool = False
     has_mlp_bias: bool = False
     has_qk_norm: bool = False
+    is_fused: bool = False  # one tensor each for queries, keys and values, and for gate and up
     windows: tuple[int | None, ...] = ()  # of each layer; empty: no layer has one
 
 
-def read_dimensions(config: ConfigFields, limits: ModelLimits, num_kv_heads: int | None = None) -> LlamaConfig:
+def read_dimensions(
+    config: ConfigFields, limits: ModelLimits, num_kv_heads: int | None = None, is_rotation_partial: bool = False
+) -> LlamaConfig:
     """What all families of this kind write alike.
 
     Args:
         num_kv_heads: the family's own default; None: as many as attention heads.
+        is_rotation_partial: the family may rotate a part of each head.
     """
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
@@ -72,7 +77,7 @@ def read_dimensions(config: ConfigFields, limits: ModelLimits, num_kv_heads: int
         head_dim=head_dim,
         norm_eps=config.number("rms_norm_eps", 1e-6),
         activation=read_activation(config, "hidden_act", "silu"),
-        rope=read_rope(config, head_dim, max_length, limits.rope_override),
+        rope=read_rope(config, head_dim, max_length, limits.rope_override, is_partial=is_rotation_partial),
         is_head_tied=config.boolean("tie_word_embeddings", False),
         max_length=max_length,
     )
@@ -140,10 +145,15 @@ def _attention(config: LlamaConfig, heads: Heads, weights: RankWeights, prefix: 
     hidden_size, name = config.hidden_size, f"{prefix}.self_attn"
     norm = rms_norm(weights, f"{prefix}.input_layernorm", hidden_size, config.norm_eps)
     norms = qk_norms(weights, name, heads.head_dim, config.norm_eps) if config.has_qk_norm else None
+    if config.is_fused:
+        fused_name, layout = f"{name}.qkv_proj", QKVLayout.BY_ROLE
+        qkv = fused_qkv(weights, fused_name, heads, hidden_size, layout, config.has_qkv_bias, norm)
+    else:
+        qkv = separate_qkv(weights, name, heads, hidden_size, config.has_qkv_bias, norm)
     output_size = heads.num_heads * heads.head_dim
     return Attention(
         heads.attention_layer(window=window, qk_norms=norms),
-        separate_qkv(weights, name, heads, hidden_size, config.has_qkv_bias, norm),
+        qkv,
         row_parallel(weights, f"{name}.o_proj", hidden_size, output_size, config.has_output_bias),
     )
 
@@ -151,8 +161,11 @@ def _attention(config: LlamaConfig, heads: Heads, weights: RankWeights, prefix: 
 def _mlp(config: LlamaConfig, weights: RankWeights, prefix: str) -> GatedMLP:
     hidden_size, inner_size, name = config.hidden_size, config.inner_size, f"{prefix}.mlp"
     norm = rms_norm(weights, f"{prefix}.post_attention_layernorm", hidden_size, config.norm_eps)
-    names = f"{name}.gate_proj", f"{name}.up_proj"
-    return GatedMLP(
-        gated_linear(weights, names, inner_size, hidden_size, config.activation, config.has_mlp_bias, norm),
-        row_parallel(weights, f"{name}.down_proj", hidden_size, inner_size, config.has_mlp_bias),
-    )
+    if config.is_fused:
+        gated = fused_gated_linear(
+            weights, f"{name}.gate_up_proj", inner_size, hidden_size, config.activation, config.has_mlp_bias, norm
+        )
+    else:
+        names = f"{name}.gate_proj", f"{name}.up_proj"
+        gated = gated_linear(weights, names, inner_size, hidden_size, config.activation, config.has_mlp_bias, norm)
+    return GatedMLP(gated, row_parallel(weights, f"{name}.down_proj", hidden_size, inner_size, config.has_mlp_bias))

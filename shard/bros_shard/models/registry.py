@@ -16,6 +16,7 @@ from bros_shard.models.llama import Llama, read_llama
 from bros_shard.models.mistral import read_mistral
 from bros_shard.models.model import CausalLM, ModelLimits
 from bros_shard.models.opt import OPT, read_opt
+from bros_shard.models.phi3 import read_phi3
 from bros_shard.models.qwen import read_qwen2, read_qwen3
 from bros_shard.parallel import ParallelGroup
 from bros_shard.weights import Checkpoint, OnProgress, RankWeights
@@ -31,6 +32,7 @@ _FAMILIES: Final[dict[str, _Family]] = {
     "Qwen2ForCausalLM": (read_qwen2, Llama),
     "Qwen3ForCausalLM": (read_qwen3, Llama),
     "OPTForCausalLM": (read_opt, OPT),
+    "Phi3ForCausalLM": (read_phi3, Llama),
 }
 
 #: Tensors that some checkpoints carry and no model reads: a tied head's copy, frequencies that are computed, masks.

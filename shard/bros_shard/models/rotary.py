@@ -52,7 +52,7 @@ def read_rope(
     Raises:
         UnsupportedModelError: an unknown type, or a field that is missing or not honoured.
     """
-    rope = _rope_fields(config) if rope is None else rope
+    rope = rope_fields(config) if rope is None else rope
     if override is not None:
         rope = rope.updated({"rope_type": override.rope_type, "factor": override.factor})
     rotary_dim = _rotary_dim(rope, head_dim, is_partial)
@@ -81,7 +81,7 @@ def read_rope(
     raise rope.refusal("rope_type", "this scaling of the rotary embedding is not supported")
 
 
-def _rope_fields(config: ConfigFields) -> ConfigFields:
+def rope_fields(config: ConfigFields) -> ConfigFields:
     """One object with what transformers 5 writes into `rope_parameters` and older releases beside `rope_scaling`."""
     rope = config.object("rope_parameters" if not config.is_null("rope_parameters") else "rope_scaling")
     moved: dict[str, float | str] = {
