@@ -129,6 +129,35 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "gemma": ("Gemma", _LLAMA | {"head_dim": 16}),
+    "gemma-untied-biases": (
+        "Gemma",
+        _LLAMA | {"head_dim": 32, "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    # Caps that scores and logits do reach.
+    "gemma2": (
+        "Gemma2",
+        _LLAMA
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 4,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 0.5,
+        },
+    ),
+    "gemma2-uncapped": (
+        "Gemma2",
+        _LLAMA
+        | {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "hidden_activation": "silu",
+        },
+    ),
     "phi3": ("Phi3", _LLAMA | {"sliding_window": 7}),
     "phi3-longrope": (
         "Phi3",

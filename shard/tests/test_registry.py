@@ -48,7 +48,20 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", "mistral-window", "qwen2", "qwen3", "phi3", "phi3-longrope", "opt", "opt-350m-like", "gpt2", "gpt-neox"],
+    [
+        "llama",
+        "mistral-window",
+        "qwen2",
+        "qwen3",
+        "gemma",
+        "gemma2",
+        "phi3",
+        "phi3-longrope",
+        "opt",
+        "opt-350m-like",
+        "gpt2",
+        "gpt-neox",
+    ],
 )
 def test_float32_logits_equal_transformers(name: str, reference) -> None:
     expected = reference(name)
@@ -58,7 +71,9 @@ def test_float32_logits_equal_transformers(name: str, reference) -> None:
     torch.testing.assert_close(found, logits, rtol=2e-5, atol=2e-5 * float(logits.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-head-dim", "qwen3-window-bias", "opt", "gpt2", "gpt-neox"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-head-dim", "qwen3-window-bias", "gemma", "gemma2", "opt", "gpt2", "gpt-neox"]
+)
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference) -> None:
     expected = reference(name)
     prompt = expected.prompts[10]
@@ -68,6 +83,12 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference
         theirs = rounded(torch.tensor([prompt])).logits[0].float()
     ours = logits_of(expected.path, prompt, torch.bfloat16).float()
     assert (ours - exact).square().mean() < 1.2 * (theirs - exact).square().mean()
+
+
+def test_logits_come_up_to_their_cap(reference) -> None:
+    expected = reference("gemma2")
+    largest = logits_of(expected.path, expected.prompts[10], torch.float32).abs().max()
+    assert 0.99 * 0.5 < largest < 0.5
 
 
 @pytest.mark.parametrize(

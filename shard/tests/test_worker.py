@@ -55,6 +55,10 @@ MODELS = (
     "qwen2-window",
     "qwen3",
     "qwen3-window-bias",
+    "gemma",
+    "gemma-untied-biases",
+    "gemma2",
+    "gemma2-uncapped",
     "phi3",
     "phi3-longrope",
     "opt",
@@ -67,7 +71,18 @@ MODELS = (
     "gpt-neox",
     "gpt-neox-sequential",
 )
-FAMILIES = ("llama", "mistral-window", "qwen2-window", "qwen3", "phi3", "opt-350m-like", "gpt2", "gpt-neox")
+FAMILIES = (
+    "llama",
+    "mistral-window",
+    "qwen2-window",
+    "qwen3",
+    "gemma",
+    "gemma2",
+    "phi3",
+    "opt-350m-like",
+    "gpt2",
+    "gpt-neox",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -266,6 +281,15 @@ def _widen_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ReferenceAttention, "_groups_of", lambda self, window: groups_of(self, window and window + 1))
 
 
+def _forget_score_caps(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = reference_attention._softmax_attention
+    monkeypatch.setattr(
+        reference_attention,
+        "_softmax_attention",
+        lambda q, k, v, group, layer: attend(q, k, v, group, replace(layer, softcap=None)),
+    )
+
+
 @pytest.mark.parametrize(
     ("name", "plant"),
     [
@@ -275,6 +299,8 @@ def _widen_windows(monkeypatch: pytest.MonkeyPatch) -> None:
         ("llama", _skip_tail_moves),
         ("llama", _skip_copies_in),
         ("mistral-window", _widen_windows),
+        ("gemma2", _widen_windows),
+        ("gemma2", _forget_score_caps),
     ],
 )
 def test_these_tests_notice_a_planted_fault(name, plant, reference, make_worker, scripted_router, monkeypatch) -> None:

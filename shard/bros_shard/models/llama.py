@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from bros_kernels.linear import Activation
-from bros_kernels.paged_attention import Angles, PagedAttention
+from bros_kernels.linear import Activation, RMSNorm
+from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.attention import Attention, QKVLayout, fused_qkv, separate_qkv
 from bros_shard.models.heads import Heads
@@ -133,39 +133,42 @@ class LlamaLayer:
 
     def __init__(self, config: LlamaConfig, heads: Heads, weights: RankWeights, index: int) -> None:
         prefix = f"model.layers.{index}"
-        self._attention = _attention(config, heads, weights, prefix, config.windows[index] if config.windows else None)
-        self._mlp = _mlp(config, weights, prefix)
+        name, hidden_size, eps = f"{prefix}.self_attn", config.hidden_size, config.norm_eps
+        layer = heads.attention_layer(
+            window=config.windows[index] if config.windows else None,
+            qk_norms=qk_norms(weights, name, heads.head_dim, eps) if config.has_qk_norm else None,
+        )
+        attention_norm = rms_norm(weights, f"{prefix}.input_layernorm", hidden_size, eps)
+        self._attention = llama_attention(config, heads, weights, name, layer, attention_norm)
+        mlp_norm = rms_norm(weights, f"{prefix}.post_attention_layernorm", hidden_size, eps)
+        self._mlp = llama_mlp(config, weights, f"{prefix}.mlp", mlp_norm)
 
     def __call__(self, hidden: Tensor, angles: Angles, kv: LayerKV, attention: PagedAttention) -> Tensor:
         hidden = self._attention(hidden, hidden, angles, kv, attention)
         return self._mlp(hidden, hidden)
 
 
-def _attention(config: LlamaConfig, heads: Heads, weights: RankWeights, prefix: str, window: int | None) -> Attention:
-    hidden_size, name = config.hidden_size, f"{prefix}.self_attn"
-    norm = rms_norm(weights, f"{prefix}.input_layernorm", hidden_size, config.norm_eps)
-    norms = qk_norms(weights, name, heads.head_dim, config.norm_eps) if config.has_qk_norm else None
+def llama_attention(
+    config: LlamaConfig, heads: Heads, weights: RankWeights, name: str, layer: AttentionLayer, norm: RMSNorm
+) -> Attention:
+    """The attention whose tensors' names begin with `name`. `norm`: of its inputs."""
+    hidden_size, has_bias = config.hidden_size, config.has_qkv_bias
     if config.is_fused:
-        fused_name, layout = f"{name}.qkv_proj", QKVLayout.BY_ROLE
-        qkv = fused_qkv(weights, fused_name, heads, hidden_size, layout, config.has_qkv_bias, norm)
+        qkv = fused_qkv(weights, f"{name}.qkv_proj", heads, hidden_size, QKVLayout.BY_ROLE, has_bias, norm)
     else:
-        qkv = separate_qkv(weights, name, heads, hidden_size, config.has_qkv_bias, norm)
+        qkv = separate_qkv(weights, name, heads, hidden_size, has_bias, norm)
     output_size = heads.num_heads * heads.head_dim
     return Attention(
-        heads.attention_layer(window=window, qk_norms=norms),
-        qkv,
-        row_parallel(weights, f"{name}.o_proj", hidden_size, output_size, config.has_output_bias),
+        layer, qkv, row_parallel(weights, f"{name}.o_proj", hidden_size, output_size, config.has_output_bias)
     )
 
 
-def _mlp(config: LlamaConfig, weights: RankWeights, prefix: str) -> GatedMLP:
-    hidden_size, inner_size, name = config.hidden_size, config.inner_size, f"{prefix}.mlp"
-    norm = rms_norm(weights, f"{prefix}.post_attention_layernorm", hidden_size, config.norm_eps)
+def llama_mlp(config: LlamaConfig, weights: RankWeights, name: str, norm: RMSNorm) -> GatedMLP:
+    """The gated MLP whose tensors' names begin with `name`. `norm`: of its inputs."""
+    shape, has_bias = (config.inner_size, config.hidden_size), config.has_mlp_bias
     if config.is_fused:
-        gated = fused_gated_linear(
-            weights, f"{name}.gate_up_proj", inner_size, hidden_size, config.activation, config.has_mlp_bias, norm
-        )
+        gated = fused_gated_linear(weights, f"{name}.gate_up_proj", *shape, config.activation, has_bias, norm)
     else:
         names = f"{name}.gate_proj", f"{name}.up_proj"
-        gated = gated_linear(weights, names, inner_size, hidden_size, config.activation, config.has_mlp_bias, norm)
-    return GatedMLP(gated, row_parallel(weights, f"{name}.down_proj", hidden_size, inner_size, config.has_mlp_bias))
+        gated = gated_linear(weights, names, *shape, config.activation, has_bias, norm)
+    return GatedMLP(gated, row_parallel(weights, f"{name}.down_proj", config.hidden_size, config.inner_size, has_bias))

@@ -12,9 +12,11 @@ SLIDING: Final = "sliding_attention"
 FULL: Final = "full_attention"
 
 
-def read_window(config: ConfigFields) -> int | None:
-    """`sliding_window` of a family that has none where the field is absent or null."""
-    return None if config.is_null("sliding_window") else config.integer("sliding_window")
+def read_window(config: ConfigFields, default: int | None = None) -> int | None:
+    """`sliding_window`. Where it is absent, the family's default; where it is null, none."""
+    if config.is_null("sliding_window"):
+        return None if config.has("sliding_window") else default
+    return config.integer("sliding_window")
 
 
 def read_layer_types(config: ConfigFields, default: Sequence[str]) -> Sequence[str]:
