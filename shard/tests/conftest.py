@@ -171,6 +171,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             long_factor=[9.0] * 6,
         ),
     ),
+    "starcoder2": ("Starcoder2", _LLAMA | {"sliding_window": 7}),
+    "starcoder2-plain": (
+        "Starcoder2",
+        _LLAMA
+        | {
+            "num_key_value_heads": 1,
+            "use_bias": False,
+            "norm_epsilon": 0.1,
+            "hidden_act": "relu",
+            "tie_word_embeddings": False,
+        },
+    ),
     "opt": ("OPT", _OPT),
     "opt-350m-like": ("OPT", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
     "opt-plain": (

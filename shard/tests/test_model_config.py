@@ -45,6 +45,8 @@ from bros_shard.models.registry import read_dtype
         ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping = 0: must be a positive number"),
         ("phi3", {"attention_bias": True}, "attention_bias = True: this family has none"),
         ("phi3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn': this family"),
+        ("starcoder2", {"norm_type": "rms_norm"}, "norm_type = 'rms_norm': only layer_norm is supported"),
+        ("starcoder2", {"mlp_type": "gated"}, "mlp_type = 'gated': only default is supported"),
         ("opt", {"activation_function": "quick_gelu"}, "activation_function = 'quick_gelu': this activation"),
         ("opt", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),
         ("gpt-neox", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),

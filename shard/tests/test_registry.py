@@ -57,6 +57,7 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
         "gemma2",
         "phi3",
         "phi3-longrope",
+        "starcoder2",
         "opt",
         "opt-350m-like",
         "gpt2",

@@ -19,6 +19,7 @@ from bros_shard.models.model import CausalLM, ModelLimits
 from bros_shard.models.opt import OPT, read_opt
 from bros_shard.models.phi3 import read_phi3
 from bros_shard.models.qwen import read_qwen2, read_qwen3
+from bros_shard.models.starcoder2 import Starcoder2, read_starcoder2
 from bros_shard.parallel import ParallelGroup
 from bros_shard.weights import Checkpoint, OnProgress, RankWeights
 
@@ -36,6 +37,7 @@ _FAMILIES: Final[dict[str, _Family]] = {
     "Qwen3ForCausalLM": (read_qwen3, Llama),
     "OPTForCausalLM": (read_opt, OPT),
     "Phi3ForCausalLM": (read_phi3, Llama),
+    "Starcoder2ForCausalLM": (read_starcoder2, Starcoder2),
 }
 
 #: Tensors that some checkpoints carry and no model reads: a tied head's copy, frequencies that are computed, masks.
