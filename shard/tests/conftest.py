@@ -68,6 +68,16 @@ _NEOX = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
+_FALCON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_LENGTH,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
 _GPT2 = {
     "vocab_size": VOCAB_SIZE,
     "n_embd": 64,
@@ -201,6 +211,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_act": "gelu_new",
             "layer_norm_eps": 0.001,
             "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "falcon": ("Falcon", _FALCON),
+    "falcon-mha": ("Falcon", _FALCON | {"multi_query": False, "bias": True, "tie_word_embeddings": False}),
+    "falcon-sequential": ("Falcon", _FALCON | {"parallel_attn": False, "layer_norm_epsilon": 0.1}),
+    "falcon-new": ("Falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-new-one-norm": (
+        "Falcon",
+        _FALCON
+        | {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "activation": "gelu_new",
+            "ffn_hidden_size": 96,
         },
     ),
     "gpt2": ("GPT2", _GPT2),

@@ -58,6 +58,8 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
         "phi3",
         "phi3-longrope",
         "starcoder2",
+        "falcon",
+        "falcon-new",
         "opt",
         "opt-350m-like",
         "gpt2",

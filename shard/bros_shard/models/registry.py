@@ -10,6 +10,7 @@ import torch
 
 from bros_kernels.kernels import Kernels
 from bros_shard.model_config import ConfigFields
+from bros_shard.models.falcon import Falcon, read_falcon
 from bros_shard.models.gemma import Gemma, read_gemma, read_gemma2
 from bros_shard.models.gpt2 import GPT2, read_gpt2
 from bros_shard.models.gpt_neox import GPTNeoX, read_gpt_neox
@@ -27,6 +28,7 @@ from bros_shard.weights import Checkpoint, OnProgress, RankWeights
 _Family: TypeAlias = tuple[Callable[[ConfigFields, ModelLimits], Any], Callable[[Any, RankWeights], CausalLM]]
 
 _FAMILIES: Final[dict[str, _Family]] = {
+    "FalconForCausalLM": (read_falcon, Falcon),
     "GemmaForCausalLM": (read_gemma, Gemma),
     "Gemma2ForCausalLM": (read_gemma2, Gemma),
     "GPT2LMHeadModel": (read_gpt2, GPT2),
