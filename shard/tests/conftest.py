@@ -228,6 +228,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "ffn_hidden_size": 96,
         },
     ),
+    "gpt-bigcode": ("GPTBigCode", _GPT2),
+    "gpt-bigcode-mha": (
+        "GPTBigCode",
+        _GPT2 | {"multi_query": False, "scale_attn_weights": False, "tie_word_embeddings": False},
+    ),
     "gpt2": ("GPT2", _GPT2),
     "gpt2-scales": ("GPT2", _GPT2 | {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
     "gpt2-untied": (

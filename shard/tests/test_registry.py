@@ -63,6 +63,7 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
         "opt",
         "opt-350m-like",
         "gpt2",
+        "gpt-bigcode",
         "gpt-neox",
     ],
 )

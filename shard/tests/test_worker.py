@@ -75,6 +75,8 @@ MODELS = (
     "gpt2",
     "gpt2-scales",
     "gpt2-untied",
+    "gpt-bigcode",
+    "gpt-bigcode-mha",
     "gpt-neox",
     "gpt-neox-sequential",
 )
@@ -91,6 +93,7 @@ FAMILIES = (
     "falcon",
     "falcon-new",
     "gpt2",
+    "gpt-bigcode",
     "gpt-neox",
 )
 
