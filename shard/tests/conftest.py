@@ -168,6 +168,32 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_activation": "silu",
         },
     ),
+    "gemma3": (
+        "Gemma3Text",
+        _LLAMA
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+    "gemma3-capped": (
+        "Gemma3Text",
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "num_hidden_layers": 6,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "final_logit_softcapping": 0.5,
+            "tie_word_embeddings": False,
+        },
+    ),
     "phi3": ("Phi3", _LLAMA | {"sliding_window": 7}),
     "phi3-longrope": (
         "Phi3",

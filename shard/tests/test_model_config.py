@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.gemma import read_gemma3
 from bros_shard.models.gpt_neox import read_gpt_neox
 from bros_shard.models.model import ModelLimits
 from bros_shard.models.registry import read_dtype
@@ -43,6 +44,9 @@ from bros_shard.models.registry import read_dtype
         ("gemma2", {"hidden_activation": "relu2"}, "hidden_activation = 'relu2': this activation is not supported"),
         ("gemma2", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']: must say"),
         ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping = 0: must be a positive number"),
+        ("gemma2", {"sliding_window": None}, "sliding_window = None: this family has one"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: this family caps no scores"),
+        ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "must hold full_attention and sliding_attention"),
         ("phi3", {"attention_bias": True}, "attention_bias = True: this family has none"),
         ("phi3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn': this family"),
         ("starcoder2", {"norm_type": "rms_norm"}, "norm_type = 'rms_norm': only layer_norm is supported"),
@@ -101,6 +105,29 @@ def test_first_gpt_neox_configs_mean_the_same() -> None:
     today = read_gpt_neox(ConfigFields(fields | {"rope_parameters": rope}), ModelLimits())
     assert torch.equal(older.rope.inverse, today.rope.inverse)
     assert len(read_gpt_neox(ConfigFields(fields), ModelLimits()).rope.inverse) == 4  # a quarter of 32, in pairs
+
+
+def test_first_gemma3_configs_mean_the_same() -> None:
+    fields: dict[str, Any] = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 4}
+    fields |= {"num_attention_heads": 4, "head_dim": 16, "max_position_embeddings": 16, "sliding_window": 3}
+    older = fields | {
+        "sliding_window_pattern": 3,
+        "rope_theta": 500.0,
+        "rope_local_base_freq": 20.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    today = fields | {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        },
+    }
+    configs = [read_gemma3(ConfigFields(each), ModelLimits()) for each in (older, today)]
+    assert [config.llama.windows for config in configs] == [(3, 3, None, 3)] * 2
+    ropes = [(config.llama.rope.inverse, config.local_rope.inverse) for config in configs if config.local_rope]
+    assert torch.equal(ropes[0][0], ropes[1][0]) and torch.equal(ropes[0][1], ropes[1][1])
+    assert not torch.equal(*ropes[0])
 
 
 def test_dtype_is_read_from_either_name() -> None:

@@ -55,6 +55,7 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
         "qwen3",
         "gemma",
         "gemma2",
+        "gemma3",
         "phi3",
         "phi3-longrope",
         "starcoder2",
@@ -76,7 +77,7 @@ def test_float32_logits_equal_transformers(name: str, reference) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-head-dim", "qwen3-window-bias", "gemma", "gemma2", "opt", "gpt2", "gpt-neox"]
+    "name", ["llama", "llama-head-dim", "qwen3-window-bias", "gemma", "gemma2", "gemma3", "opt", "gpt2", "gpt-neox"]
 )
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference) -> None:
     expected = reference(name)

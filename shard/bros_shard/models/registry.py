@@ -11,7 +11,7 @@ import torch
 from bros_kernels.kernels import Kernels
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.falcon import Falcon, read_falcon
-from bros_shard.models.gemma import Gemma, read_gemma, read_gemma2
+from bros_shard.models.gemma import Gemma, read_gemma, read_gemma2, read_gemma3
 from bros_shard.models.gpt2 import GPT2, read_gpt2
 from bros_shard.models.gpt_bigcode import read_gpt_bigcode
 from bros_shard.models.gpt_neox import GPTNeoX, read_gpt_neox
@@ -32,6 +32,7 @@ _FAMILIES: Final[dict[str, _Family]] = {
     "FalconForCausalLM": (read_falcon, Falcon),
     "GemmaForCausalLM": (read_gemma, Gemma),
     "Gemma2ForCausalLM": (read_gemma2, Gemma),
+    "Gemma3ForCausalLM": (read_gemma3, Gemma),
     "GPT2LMHeadModel": (read_gpt2, GPT2),
     "GPTBigCodeForCausalLM": (read_gpt_bigcode, GPT2),
     "GPTNeoXForCausalLM": (read_gpt_neox, GPTNeoX),
