@@ -139,6 +139,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "mixtral": ("Mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-window": (
+        "Mixtral",
+        _LLAMA | {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 7, "head_dim": 32},
+    ),
     "gemma": ("Gemma", _LLAMA | {"head_dim": 16}),
     "gemma-untied-biases": (
         "Gemma",
@@ -149,11 +154,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2",
         _LLAMA
         | {
-            "head_dim": 16,
-            "query_pre_attn_scalar": 4,
+            "head_dim": 32,
+            "query_pre_attn_scalar": 16,
             "sliding_window": 7,
             "attn_logit_softcapping": 1.5,
-            "final_logit_softcapping": 0.5,
+            "final_logit_softcapping": 1.0,
         },
     ),
     "gemma2-uncapped": (

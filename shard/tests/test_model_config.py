@@ -38,6 +38,7 @@ from bros_shard.models.registry import read_dtype
         ("mistral", {"sliding_window": 0}, "sliding_window = 0: must be at least 1"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']: must say"),
         ("qwen3", {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, "layer_types = ['full"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok = 5: there are 4 experts"),
         ("gemma", {"hidden_activation": "relu"}, "hidden_activation = 'relu': this family has hidden_act"),
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True: tokens see"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True: tokens see"),

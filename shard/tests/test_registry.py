@@ -53,6 +53,7 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
         "mistral-window",
         "qwen2",
         "qwen3",
+        "mixtral",
         "gemma",
         "gemma2",
         "gemma3",
@@ -77,7 +78,18 @@ def test_float32_logits_equal_transformers(name: str, reference) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-head-dim", "qwen3-window-bias", "gemma", "gemma2", "gemma3", "opt", "gpt2", "gpt-neox"]
+    "name",
+    [
+        "llama",
+        "llama-head-dim",
+        "qwen3-window-bias",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "opt",
+        "gpt2",
+        "gpt-neox",
+    ],
 )
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference) -> None:
     expected = reference(name)
@@ -93,7 +105,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference
 def test_logits_come_up_to_their_cap(reference) -> None:
     expected = reference("gemma2")
     largest = logits_of(expected.path, expected.prompts[10], torch.float32).abs().max()
-    assert 0.99 * 0.5 < largest < 0.5
+    assert 0.98 < largest < 1.0
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,8 @@ MODELS = (
     "qwen2-window",
     "qwen3",
     "qwen3-window-bias",
+    "mixtral",
+    "mixtral-window",
     "gemma",
     "gemma-untied-biases",
     "gemma2",
@@ -87,6 +89,7 @@ FAMILIES = (
     "mistral-window",
     "qwen2-window",
     "qwen3",
+    "mixtral",
     "gemma",
     "gemma2",
     "gemma3",
@@ -194,7 +197,7 @@ def test_time_of_other_steps_does_not_count_for_the_step_that_they_interrupt(ref
     assert output.forward_s < 0.0  # it took less than what the others are said to have taken
 
 
-@pytest.mark.parametrize("name", ["llama-head-dim", "qwen3-window-bias"])
+@pytest.mark.parametrize("name", ["llama-head-dim", "qwen3-window-bias", "mixtral-window", "gemma2"])
 def test_cpu_kernels_give_the_same_tokens_alone_and_in_any_batch(name, reference, make_worker, scripted_router) -> None:
     """In bfloat16 they are not those of float32, but what runs beside a sequence changes no bit of it."""
     prompts = reference(name).prompts

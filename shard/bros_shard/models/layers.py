@@ -187,6 +187,18 @@ class MLP:
         return self._out(self._activation(self._in(x)), residual)
 
 
+def check_inner_size(parallel: ParallelGroup, inner_size: int) -> None:
+    """Refuse an MLP that cannot be split evenly over the ranks.
+
+    Raises:
+        UnsupportedModelError
+    """
+    if inner_size % parallel.world_size:
+        raise UnsupportedModelError(
+            f"{inner_size} features of the MLP cannot be split over {parallel.world_size} ranks"
+        )
+
+
 def check_divisible(parallel: ParallelGroup, num_heads: int, num_kv_heads: int, inner_size: int) -> None:
     """Refuse a model that cannot be split evenly over the ranks.
 
@@ -199,8 +211,8 @@ def check_divisible(parallel: ParallelGroup, num_heads: int, num_kv_heads: int, 
     world_size = parallel.world_size
     if num_heads % num_kv_heads:
         raise UnsupportedModelError(f"{num_heads} attention heads do not share {num_kv_heads} key-value heads evenly")
-    for count, name in ((num_heads, "attention heads"), (inner_size, "features of the MLP")):
-        if count % world_size:
-            raise UnsupportedModelError(f"{count} {name} cannot be split over {world_size} ranks")
+    if num_heads % world_size:
+        raise UnsupportedModelError(f"{num_heads} attention heads cannot be split over {world_size} ranks")
+    check_inner_size(parallel, inner_size)
     if num_kv_heads % world_size and world_size % num_kv_heads:
         raise UnsupportedModelError(f"{num_kv_heads} key-value heads cannot be split over {world_size} ranks")

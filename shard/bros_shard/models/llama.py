@@ -1,4 +1,4 @@
-"""The Llama decoder: Mistral, Qwen and Phi-3 differ from it by biases, windows, normalised heads, fused weights."""
+"""The Llama decoder. Mistral, Qwen, Phi-3 and Mixtral add biases, windows, normalised heads, fused weights, experts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bros_kernels.linear import Activation, RMSNorm
 from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.attention import Attention, QKVLayout, fused_qkv, separate_qkv
+from bros_shard.models.experts import Experts, ExpertsConfig
 from bros_shard.models.heads import Heads
 from bros_shard.models.layers import (
     GatedMLP,
@@ -50,6 +51,7 @@ class LlamaConfig:
     has_qk_norm: bool = False
     is_fused: bool = False  # one tensor each for queries, keys and values, and for gate and up
     windows: tuple[int | None, ...] = ()  # of each layer; empty: no layer has one
+    experts: tuple[ExpertsConfig | None, ...] = ()  # of each layer, None where it has an MLP; empty: no layer has any
 
 
 def read_dimensions(
@@ -129,7 +131,7 @@ class Llama:
 
 
 class LlamaLayer:
-    """Attention and a gated MLP, each normalised before and added to what came in."""
+    """Attention and a gated MLP, or experts, each normalised before and added to what came in."""
 
     def __init__(self, config: LlamaConfig, heads: Heads, weights: RankWeights, index: int) -> None:
         prefix = f"model.layers.{index}"
@@ -141,7 +143,12 @@ class LlamaLayer:
         attention_norm = rms_norm(weights, f"{prefix}.input_layernorm", hidden_size, eps)
         self._attention = llama_attention(config, heads, weights, name, layer, attention_norm)
         mlp_norm = rms_norm(weights, f"{prefix}.post_attention_layernorm", hidden_size, eps)
-        self._mlp = llama_mlp(config, weights, f"{prefix}.mlp", mlp_norm)
+        experts = config.experts[index] if config.experts else None
+        self._mlp: GatedMLP | Experts
+        if experts is None:
+            self._mlp = llama_mlp(config, weights, f"{prefix}.mlp", mlp_norm)
+        else:
+            self._mlp = Experts(experts, weights, prefix, hidden_size, config.activation, mlp_norm)
 
     def __call__(self, hidden: Tensor, angles: Angles, kv: LayerKV, attention: PagedAttention) -> Tensor:
         hidden = self._attention(hidden, hidden, angles, kv, attention)

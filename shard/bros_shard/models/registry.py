@@ -17,6 +17,7 @@ from bros_shard.models.gpt_bigcode import read_gpt_bigcode
 from bros_shard.models.gpt_neox import GPTNeoX, read_gpt_neox
 from bros_shard.models.llama import Llama, read_llama
 from bros_shard.models.mistral import read_mistral
+from bros_shard.models.mixtral import read_mixtral
 from bros_shard.models.model import CausalLM, ModelLimits
 from bros_shard.models.opt import OPT, read_opt
 from bros_shard.models.phi3 import read_phi3
@@ -38,6 +39,7 @@ _FAMILIES: Final[dict[str, _Family]] = {
     "GPTNeoXForCausalLM": (read_gpt_neox, GPTNeoX),
     "LlamaForCausalLM": (read_llama, Llama),
     "MistralForCausalLM": (read_mistral, Llama),
+    "MixtralForCausalLM": (read_mixtral, Llama),
     "Qwen2ForCausalLM": (read_qwen2, Llama),
     "Qwen3ForCausalLM": (read_qwen3, Llama),
     "OPTForCausalLM": (read_opt, OPT),
