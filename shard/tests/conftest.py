@@ -44,6 +44,7 @@ _LLAMA = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 _OPT = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -143,6 +144,25 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral-window": (
         "Mixtral",
         _LLAMA | {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 7, "head_dim": 32},
+    ),
+    "qwen2-moe": ("Qwen2Moe", _LLAMA | _EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "qwen2-moe-window": (
+        "Qwen2Moe",
+        _LLAMA
+        | _EXPERTS
+        | {
+            "shared_expert_intermediate_size": 48,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ),
+    "qwen3-moe": ("Qwen3Moe", _LLAMA | _EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3-moe-window": (
+        "Qwen3Moe",
+        _LLAMA | _EXPERTS | {"head_dim": 32, "attention_bias": True, "use_sliding_window": True, "sliding_window": 7},
     ),
     "gemma": ("Gemma", _LLAMA | {"head_dim": 16}),
     "gemma-untied-biases": (

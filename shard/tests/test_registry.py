@@ -12,12 +12,17 @@ from torch import Tensor
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.kernels import select_kernels
+from bros_kernels.linear import RMSNorm
+from bros_kernels.torch_kernels import TorchKernels
 from bros_shard.kv_cache import KVCache
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.experts import Experts
 from bros_shard.models.layers import check_divisible
 from bros_shard.models.model import ModelLimits
+from bros_shard.models.qwen_moe import read_qwen3_moe
 from bros_shard.models.registry import load_model
 from bros_shard.parallel import ParallelGroup
+from bros_shard.weights import Checkpoint, RankWeights
 
 CPU = torch.device("cpu")
 
@@ -54,6 +59,8 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
         "qwen2",
         "qwen3",
         "mixtral",
+        "qwen2-moe",
+        "qwen3-moe",
         "gemma",
         "gemma2",
         "gemma3",
@@ -142,10 +149,23 @@ def test_first_checkpoints_lack_the_outer_module(name: str, module: str, referen
 
 
 class Ranks:
-    """What `check_divisible` asks of a `ParallelGroup`."""
+    """What loading a model asks of a `ParallelGroup`."""
 
     def __init__(self, world_size: int) -> None:
+        self.rank = 0
         self.world_size = world_size
+
+
+def test_experts_that_cannot_be_split_are_refused(reference) -> None:
+    path = reference("qwen3-moe").path
+    ranks: Any = Ranks(3)
+    (experts, *_) = read_qwen3_moe(ConfigFields.load(path), ModelLimits()).experts
+    assert experts is not None
+    with Checkpoint(path) as checkpoint:
+        weights = RankWeights(checkpoint, ranks, CPU, torch.float32, TorchKernels(torch.float32))
+        norm = RMSNorm(torch.ones(64), 1e-6)
+        with pytest.raises(UnsupportedModelError, match="32 features of the MLP cannot be split over 3 ranks"):
+            Experts(experts, weights, "model.layers.0", 64, torch.relu, norm)
 
 
 @pytest.mark.parametrize(

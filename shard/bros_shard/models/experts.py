@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bros_kernels.linear import Activation, RMSNorm
+from bros_kernels.linear import Activation, Linear, RMSNorm
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.layers import GatedMLP, check_inner_size, gated_linear
 from bros_shard.weights import RankWeights
@@ -63,11 +63,11 @@ class Experts:
         # Whole on every rank, with the same inputs: all choose the same experts.
         self._router = weights.kernels.linear(weights.whole(f"{name}.gate.weight", (config.num_experts, hidden_size)))
         self._experts = [expert(f"{name}.experts.{index}", config.inner_size) for index in range(config.num_experts)]
-        self._shared: GatedMLP | None = None
+        self._shared: tuple[Linear, GatedMLP] | None = None  # its gate, and itself
         if config.shared_inner_size is not None:
-            self._shared = expert(f"{name}.shared_expert", config.shared_inner_size)
-            shared_gate = weights.whole(f"{name}.shared_expert_gate.weight", (1, hidden_size))
-            self._shared_gate = weights.kernels.linear(shared_gate)
+            gate = weights.whole(f"{name}.shared_expert_gate.weight", (1, hidden_size))
+            shared = expert(f"{name}.shared_expert", config.shared_inner_size)
+            self._shared = weights.kernels.linear(gate), shared
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         """(T, hidden_size) to the same: what the experts give for norm(x), and `residual` added to it."""
@@ -81,7 +81,8 @@ class Experts:
             tokens, place = (chosen == expert).nonzero(as_tuple=True)
             total.index_add_(0, tokens, self._experts[expert](x[tokens]) * shares[tokens, place, None])
         if self._shared is not None:
-            total += self._shared_gate(x).sigmoid() * self._shared(x)
+            gate, shared = self._shared
+            total += gate(x).sigmoid() * shared(x)
         if self._parallel.rank == 0:  # so that the sum over the ranks holds it once
             total += residual
         return self._parallel.all_reduce(total.to(x.dtype))

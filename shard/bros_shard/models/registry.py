@@ -22,6 +22,7 @@ from bros_shard.models.model import CausalLM, ModelLimits
 from bros_shard.models.opt import OPT, read_opt
 from bros_shard.models.phi3 import read_phi3
 from bros_shard.models.qwen import read_qwen2, read_qwen3
+from bros_shard.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
 from bros_shard.models.starcoder2 import Starcoder2, read_starcoder2
 from bros_shard.parallel import ParallelGroup
 from bros_shard.weights import Checkpoint, OnProgress, RankWeights
@@ -41,7 +42,9 @@ _FAMILIES: Final[dict[str, _Family]] = {
     "MistralForCausalLM": (read_mistral, Llama),
     "MixtralForCausalLM": (read_mixtral, Llama),
     "Qwen2ForCausalLM": (read_qwen2, Llama),
+    "Qwen2MoeForCausalLM": (read_qwen2_moe, Llama),
     "Qwen3ForCausalLM": (read_qwen3, Llama),
+    "Qwen3MoeForCausalLM": (read_qwen3_moe, Llama),
     "OPTForCausalLM": (read_opt, OPT),
     "Phi3ForCausalLM": (read_phi3, Llama),
     "Starcoder2ForCausalLM": (read_starcoder2, Starcoder2),
