@@ -24,6 +24,7 @@ from bros_shard.models.registry import read_dtype
         ("llama", {"architectures": ["BloomForCausalLM"]}, "architectures = ['BloomForCausalLM']: supported are "),
         ("llama", {"architectures": None}, "architectures = None: the model needs this field"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: quantised weights"),
+        ("llama", {"per_layer_config": {"1": {"head_dim": 8}}}, "fields that differ from layer to layer are not"),
         ("llama", {"hidden_act": "relu2"}, "hidden_act = 'relu2': this activation is not supported"),
         ("llama", {"hidden_size": None}, "hidden_size = None: the model needs this field"),
         ("llama", {"hidden_size": "64"}, "hidden_size = '64': is of the wrong type"),
