@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.linear import Activation, Linear, RMSNorm
-from bros_kernels.native import CAttention, CLinear, CStep
+from bros_kernels.native import CAttention, CLinear, CNorm, CStep
 from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_kernels.reference_attention import ReferenceAttention
 from bros_kernels.torch_kernels import TorchKernels
@@ -58,9 +58,8 @@ class CpuKernels:
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """See `Kernels.rms_norm`."""
         out = torch.empty(x.shape, dtype=x.dtype)
-        self._library.bros_rms_norm(
-            *(x.data_ptr(), x.stride(0), *x.shape, norm.weight.data_ptr(), norm.eps, out.data_ptr())
-        )
+        described = _describe_norm(norm)  # lives until the call returns
+        self._library.bros_rms_norm(*(x.data_ptr(), x.stride(0), *x.shape, ctypes.addressof(described), out.data_ptr()))
         return out
 
     def most_likely(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,8 +93,7 @@ class _PackedLinear:
             num_rows,
             num_columns,
             None if bias is None else bias.data_ptr(),
-            None if norm is None else norm.weight.data_ptr(),
-            0.0 if norm is None else norm.eps,
+            _describe_norm(norm),
             epilogue,
         )
         self._address = ctypes.addressof(self._linear)
@@ -133,11 +131,13 @@ class CpuAttention:
         if group not in self._steps:
             self._steps[group] = self._make_step(_MAX_QUERY_ROWS // group)
         step, _ = self._steps[group]
-        cos, sin = (None, None) if angles is None else (angles[0].data_ptr(), angles[1].data_ptr())
+        cos, sin, rotary_dim = None, None, 0
+        if angles is not None:
+            cos, sin, rotary_dim = angles[0].data_ptr(), angles[1].data_ptr(), angles[0].shape[-1]
         out = torch.empty(len(qkv), layer.num_heads * layer.head_dim, dtype=qkv.dtype)
         self._attend(
             *(ctypes.addressof(step), ctypes.addressof(self._layers[layer]), qkv.data_ptr()),
-            *(cos, sin, k.data_ptr(), v.data_ptr(), out.data_ptr()),
+            *(cos, sin, rotary_dim, k.data_ptr(), v.data_ptr(), out.data_ptr()),
         )
         return out
 
@@ -162,14 +162,19 @@ class CpuAttention:
         return step, queries
 
 
+def _describe_norm(norm: RMSNorm | None) -> CNorm:
+    """It refers to the weight's memory."""
+    return CNorm(None, 0.0, 0.0) if norm is None else CNorm(norm.weight.data_ptr(), norm.eps, norm.offset)
+
+
 def _describe(layer: AttentionLayer) -> CAttention:
     return CAttention(
         layer.num_heads,
         layer.num_kv_heads,
         layer.head_dim,
         layer.window or 0,
-        None if layer.q_norm is None else layer.q_norm.data_ptr(),
-        None if layer.k_norm is None else layer.k_norm.data_ptr(),
-        layer.norm_eps,
+        _describe_norm(layer.q_norm),
+        _describe_norm(layer.k_norm),
         layer.scale,
+        layer.softcap or 0.0,
     )

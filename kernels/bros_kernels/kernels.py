@@ -48,7 +48,7 @@ class Kernels(Protocol):
         """
 
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
-        """x / rms(x) * norm.weight, of (rows, size). Contiguous."""
+        """norm(x), of (rows, size). Contiguous."""
 
     def most_likely(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The first of the largest logits of each row, and its log-softmax.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
 from torch import Tensor
+from torch.nn import functional as F
 
 #: A function of each number.
 Activation: TypeAlias = Callable[[Tensor], Tensor]
@@ -14,10 +15,17 @@ Activation: TypeAlias = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, eq=False)
 class RMSNorm:
-    """The function x / rms(x) * weight, over the last dimension."""
+    """The function x / rms(x) * (offset + weight), over the last dimension."""
 
     weight: Tensor  # (size)
     eps: float
+    offset: float = 0.0  # added in float32: in bfloat16 the sum would lose digits that the weight has
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Compute it with PyTorch."""
+        if self.offset == 0.0:
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float() + self.offset, self.eps).to(x.dtype)
 
 
 class Linear(Protocol):

@@ -26,14 +26,24 @@ _FUNCTIONS: Final = {
         c_void_p,
         c_void_p,
     ),  # linear, x, x_stride, m, residual, out
-    "bros_rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_float, c_void_p),
+    "bros_rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
     "bros_most_likely": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
-    "bros_attend": (c_void_p,) * 8,  # step, attention, qkv, cos, sin, k, v, out
+    "bros_attend": (
+        *(c_void_p,) * 5,
+        c_int64,
+        *(c_void_p,) * 3,
+    ),  # step, attention, qkv, cos, sin, rotary_dim, k, v, out
 }
 
 
 class NativeLibraryError(Exception):
     """The C library was not built, or does not run on this processor."""
+
+
+class CNorm(ctypes.Structure):
+    """`struct bros_norm` of `native/norm.h`."""
+
+    _fields_ = (("weight", c_void_p), ("eps", c_float), ("offset", c_float))
 
 
 class CLinear(ctypes.Structure):
@@ -44,8 +54,7 @@ class CLinear(ctypes.Structure):
         ("n", c_int64),
         ("k", c_int64),
         ("bias", c_void_p),
-        ("norm_weight", c_void_p),
-        ("norm_eps", c_float),
+        ("norm", CNorm),
         ("epilogue", c_int32),
     )
 
@@ -72,10 +81,10 @@ class CAttention(ctypes.Structure):
         ("num_kv_heads", c_int64),
         ("head_dim", c_int64),
         ("window", c_int64),
-        ("q_norm", c_void_p),
-        ("k_norm", c_void_p),
-        ("norm_eps", c_float),
+        ("q_norm", CNorm),
+        ("k_norm", CNorm),
         ("scale", c_float),
+        ("softcap", c_float),
     )
 
 

@@ -13,7 +13,10 @@ from typing import Protocol, TypeAlias
 
 from torch import Tensor
 
-#: cos and sin of the new tokens' positions, (T, 1, head_dim) each; sin is negative in the first half.
+from bros_kernels.linear import RMSNorm
+
+#: cos and sin of the new tokens' positions, (T, 1, rotary_dim) each; sin is negative in the first half. rotary_dim is
+#: even, and the size of a head or less.
 Angles: TypeAlias = tuple[Tensor, Tensor]
 
 
@@ -26,9 +29,9 @@ class AttentionLayer:
     head_dim: int
     scale: float  # of the scores
     window: int | None = None  # a token sees itself and the `window - 1` tokens before it; None: all of them
-    q_norm: Tensor | None = None  # (head_dim): each head's query is RMS-normalised with this; None: it is not
-    k_norm: Tensor | None = None
-    norm_eps: float = 0.0
+    softcap: float | None = None  # a score s becomes softcap * tanh(s / softcap); None: it stays
+    q_norm: RMSNorm | None = None  # of each head's query; None: it is not normalised
+    k_norm: RMSNorm | None = None
 
 
 class PagedAttention(Protocol):
@@ -41,7 +44,8 @@ class PagedAttention(Protocol):
 
         Args:
             qkv: (T, (num_heads + 2 * num_kv_heads) * head_dim): query, key and value heads; may be overwritten.
-            angles: pairs (i, i + head_dim / 2) of a head are rotated by these; None: they are not.
+            angles: pairs (i, i + rotary_dim / 2) of a head's first rotary_dim numbers are rotated by these; None: they
+                are not.
             k, v: the layer's region.
 
         Returns:

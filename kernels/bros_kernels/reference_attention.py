@@ -35,9 +35,9 @@ class ReferenceAttention:
         heads = qkv.view(len(qkv), -1, layer.head_dim)
         q, k_new, v_new = heads.split_with_sizes((layer.num_heads, layer.num_kv_heads, layer.num_kv_heads), 1)
         if layer.q_norm is not None:
-            q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, layer.norm_eps)
+            q = layer.q_norm(q)
         if layer.k_norm is not None:
-            k_new = F.rms_norm(k_new, layer.k_norm.shape, layer.k_norm, layer.norm_eps)
+            k_new = layer.k_norm(k_new)
         if angles is not None:
             q, k_new = rotate(q, *angles), rotate(k_new, *angles)
         k, v = k.flatten(0, 1), v.flatten(0, 1)
@@ -45,8 +45,8 @@ class ReferenceAttention:
         v.index_copy_(0, self._meta.slot_mapping, v_new)
         groups = self._groups_of(layer.window)
         if len(groups) == 1:
-            return _attend_group(q, k, v, groups[0], layer.scale).flatten(1)
-        return torch.cat([_attend_group(q[group.tokens], k, v, group, layer.scale) for group in groups]).flatten(1)
+            return _attend_group(q, k, v, groups[0], layer).flatten(1)
+        return torch.cat([_attend_group(q[group.tokens], k, v, group, layer) for group in groups]).flatten(1)
 
     def _groups_of(self, window: int | None) -> list[_Group]:
         if window is not None and window >= self._meta.max_k:
@@ -103,8 +103,11 @@ class ReferenceAttention:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (i, i + head_dim / 2) of x: (T, heads, head_dim) by `Angles`."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    """Rotate the pairs (i, i + rotary_dim / 2) of x: (T, heads, head_dim) by `Angles`. What lies beyond them stays."""
+    rotary_dim = cos.shape[-1]
+    turned = x[..., :rotary_dim]
+    turned = torch.addcmul(turned * cos, turned.roll(rotary_dim // 2, -1), sin)
+    return turned if rotary_dim == x.shape[-1] else torch.cat([turned, x[..., rotary_dim:]], -1)
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class _Group:
     is_causal: bool
 
 
-def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, scale: float) -> Tensor:
+def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, layer: AttentionLayer) -> Tensor:
     """q: the group's (tokens, num_heads, head_dim). k, v: (slots, num_kv_heads, head_dim)."""
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
@@ -128,16 +131,31 @@ def _attend_group(q: Tensor, k: Tensor, v: Tensor, group: _Group, scale: float) 
     if group.num_sequences == num_tokens:
         # (sequence, kv head, query head of the group as rows, head_dim): a key is read once for all its heads.
         num_rows = q.shape[2]
-        out = F.scaled_dot_product_attention(
-            _with_even_rows(q), k.transpose(1, 2), v.transpose(1, 2), attn_mask=group.mask, scale=scale
-        )
+        out = _softmax_attention(_with_even_rows(q), k.transpose(1, 2), v.transpose(1, 2), group, layer)
         return out[:, :, :num_rows].reshape(num_tokens, num_heads, head_dim)
     # (kv head, query head of the group, token, head_dim): keys are broadcast over the heads that share them.
     q = q.permute(1, 2, 0, 3)
     k = k[0].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1)
     v = v[0].transpose(0, 1)[:, None].expand(-1, q.shape[1], -1, -1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=group.mask, is_causal=group.is_causal, scale=scale)
+    out = _softmax_attention(q, k, v, group, layer)
     return out.permute(2, 0, 1, 3).reshape(num_tokens, num_heads, head_dim)
+
+
+def _softmax_attention(q: Tensor, k: Tensor, v: Tensor, group: _Group, layer: AttentionLayer) -> Tensor:
+    """q: (..., queries, head_dim); k, v: (..., keys, head_dim). Returns (..., queries, head_dim)."""
+    if layer.softcap is None:
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=group.mask, is_causal=group.is_causal, scale=layer.scale
+        )
+    # PyTorch's attention cannot cap. Scores are float32 here whatever the dtype, as they are there.
+    scores = q.float() @ k.float().transpose(-2, -1)
+    scores = scores.mul_(layer.scale / layer.softcap).tanh_().mul_(layer.softcap)
+    if group.is_causal:
+        is_later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu_(1)
+        scores.masked_fill_(is_later, -math.inf)
+    if group.mask is not None:
+        scores += group.mask
+    return scores.softmax(-1).to(v.dtype) @ v
 
 
 def _with_even_rows(q: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.kernels import Kernels, select_kernels
+from bros_kernels.linear import RMSNorm
 from bros_kernels.paged_attention import AttentionLayer
 from bros_kernels.tails import copy_tails
 
@@ -71,7 +72,7 @@ def make_case(
     )
 
 
-def expected_attention(case: Case, scale: float, window: int | None = None) -> Tensor:
+def expected_attention(case: Case, scale: float, window: int | None = None, softcap: float | None = None) -> Tensor:
     """Softmax attention in float64, one query of one head at a time."""
     rows, first_token = [], 0
     for (length, num_queries), keys, values in zip(case.lengths, case.keys, case.values, strict=True):
@@ -82,8 +83,10 @@ def expected_attention(case: Case, scale: float, window: int | None = None) -> T
             group = q.shape[0] // keys.shape[1]
             k = keys[first_key : position + 1].double().repeat_interleave(group, 1)
             v = values[first_key : position + 1].double().repeat_interleave(group, 1)
-            weights = torch.softmax(torch.einsum("hd,khd->hk", q, k) * scale, -1)
-            rows.append(torch.einsum("hk,khd->hd", weights, v))
+            scores = torch.einsum("hd,khd->hk", q, k) * scale
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            rows.append(torch.einsum("hk,khd->hd", torch.softmax(scores, -1), v))
         first_token += num_queries
     return torch.stack(rows)
 
@@ -117,7 +120,13 @@ def slot_of(entry: int, offset: int, block_size: int) -> int:
 
 
 def run(
-    kernels: Kernels, case: Case, directions: str, scale: float = 0.3, window: int | None = None, seed: int = 0
+    kernels: Kernels,
+    case: Case,
+    directions: str,
+    scale: float = 0.3,
+    window: int | None = None,
+    softcap: float | None = None,
+    seed: int = 0,
 ) -> Tensor:
     """Store all but the step's tokens by hand, let the kernels write those, and attend."""
     tables, num_blocks = choose_entries(case, directions, seed)
@@ -148,7 +157,12 @@ def run(
     )
     qkv = torch.cat([case.queries, torch.cat(k_new), torch.cat(v_new)], 1).flatten(1)
     layer = AttentionLayer(
-        num_heads=case.queries.shape[1], num_kv_heads=num_kv_heads, head_dim=head_dim, scale=scale, window=window
+        num_heads=case.queries.shape[1],
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        scale=scale,
+        window=window,
+        softcap=softcap,
     )
     return kernels.attention(meta).attend(layer, qkv, None, k, v).view(case.queries.shape)
 
@@ -159,9 +173,12 @@ def edge_lengths(block_size: int) -> list[tuple[int, int]]:
     return [(n, 1) for n in lengths] + [(n, n) for n in lengths[1:]] + [(n + 5, 5) for n in lengths]
 
 
-def assert_right(found: Tensor, case: Case, scale: float = 0.3, window: int | None = None) -> None:
+def assert_right(
+    found: Tensor, case: Case, scale: float = 0.3, window: int | None = None, softcap: float | None = None
+) -> None:
     tolerance = TOLERANCE[case.queries.dtype]
-    torch.testing.assert_close(found.double(), expected_attention(case, scale, window), rtol=tolerance, atol=tolerance)
+    expected = expected_attention(case, scale, window, softcap)
+    torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("directions", ["+", "-", "±", "shared"])
@@ -191,6 +208,17 @@ def test_window(kind: tuple[Kernels, torch.dtype, int], window: int) -> None:
     assert_right(run(kernels, case, "±", window=window), case, window=window)
 
 
+@pytest.mark.parametrize("window", [None, 17])
+@pytest.mark.parametrize("scale", [0.1, 0.3, 40.0])
+def test_capped_scores(kind: tuple[Kernels, torch.dtype, int], scale: float, window: int | None) -> None:
+    """From scores that the cap hardly changes to scores that are all at it."""
+    kernels, dtype, head_dim = kind
+    lengths = [(1, 1), (16, 1), (55, 1), (200, 1), (20, 20), (54, 17), (150, 90)]
+    case = make_case(lengths, group=3, head_dim=head_dim, dtype=dtype)
+    found = run(kernels, case, "±", scale, window, softcap=1.5)
+    assert_right(found, case, scale, window, softcap=1.5)
+
+
 def test_decodes_of_very_different_length(kind: tuple[Kernels, torch.dtype, int]) -> None:
     kernels, dtype, head_dim = kind
     lengths = [(3, 1), (900, 1), (5, 1), (950, 1), (1, 1), (300, 1)]
@@ -204,19 +232,23 @@ def test_scores_that_differ_by_orders_of_magnitude(kind: tuple[Kernels, torch.dt
     assert_right(run(kernels, case, "±", scale=40.0), case, scale=40.0)
 
 
-@pytest.mark.parametrize("has_norm", [False, True])
-@pytest.mark.parametrize("has_angles", [False, True])
+@pytest.mark.parametrize("norm_offset", [None, 0.0, 1.0])
+@pytest.mark.parametrize("rotary_share", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("head_dim", [16, 32, 96])
 @pytest.mark.parametrize("name_and_dtype", [("torch", torch.float32), ("auto", torch.bfloat16)], ids=str)
 def test_queries_and_keys_are_normalised_then_rotated(
-    name_and_dtype: tuple[str, torch.dtype], head_dim: int, has_angles: bool, has_norm: bool
+    name_and_dtype: tuple[str, torch.dtype], head_dim: int, rotary_share: float, norm_offset: float | None
 ) -> None:
-    """One sequence of 21 tokens, 3 query heads and 1 key head."""
+    """One sequence of 21 tokens, 3 query heads and 1 key head, of which the first part is rotated."""
     name, dtype = name_and_dtype
     num_tokens, num_heads = 21, 3
     heads = torch.randn(num_tokens, num_heads + 2, head_dim).to(dtype)
-    norms = [torch.rand(head_dim).add(0.5).to(dtype) for _ in range(2)]
-    turns = torch.rand(num_tokens, 1, head_dim // 2) * 6
+    norms: list[RMSNorm | None] = [None, None]
+    if norm_offset is not None:
+        # Whatever the offset, what is multiplied with lies between 0.5 and 1.5.
+        norms = [RMSNorm(torch.rand(head_dim).add(0.5 - norm_offset).to(dtype), 1e-5, norm_offset) for _ in range(2)]
+    rotary_dim = int(head_dim * rotary_share)
+    turns = torch.rand(num_tokens, 1, rotary_dim // 2) * 6
     cos = torch.cat([turns.cos(), turns.cos()], -1).to(dtype)
     sin = torch.cat([-turns.sin(), turns.sin()], -1).to(dtype)
     layer = AttentionLayer(
@@ -224,9 +256,8 @@ def test_queries_and_keys_are_normalised_then_rotated(
         num_kv_heads=1,
         head_dim=head_dim,
         scale=head_dim**-0.5,
-        q_norm=norms[0] if has_norm else None,
-        k_norm=norms[1] if has_norm else None,
-        norm_eps=1e-5,
+        q_norm=norms[0],
+        k_norm=norms[1],
     )
     meta = AttnMeta(
         block_table=torch.tensor([[1, ~0]], dtype=torch.int32),
@@ -239,18 +270,20 @@ def test_queries_and_keys_are_normalised_then_rotated(
         block_size=16,
     )
     k, v = torch.zeros(2, 16, 1, head_dim, dtype=dtype), torch.zeros(2, 16, 1, head_dim, dtype=dtype)
-    angles = (cos, sin) if has_angles else None
+    angles = (cos, sin) if rotary_dim else None
     found = select(name, dtype).attention(meta).attend(layer, heads.flatten(1).clone(), angles, k, v)
 
     q, keys, values = heads.double().split([num_heads, 1, 1], 1)
-    if has_norm:
-        q, keys = (F.rms_norm(x, (head_dim,), norm.double(), 1e-5) for x, norm in ((q, norms[0]), (keys, norms[1])))
-    if has_angles:
-        first, second = cos.double().chunk(2, -1)[0], sin.double().chunk(2, -1)[1]
-        q, keys = (
-            torch.cat([low * first - high * second, high * first + low * second], -1)
-            for low, high in (q.chunk(2, -1), keys.chunk(2, -1))
-        )
+    q, keys = (
+        x if norm is None else F.rms_norm(x, (head_dim,), norm.offset + norm.weight.double(), norm.eps)
+        for x, norm in zip((q, keys), norms, strict=True)
+    )
+    first, second = cos.double()[..., : rotary_dim // 2], sin.double()[..., rotary_dim // 2 :]
+    sizes = [rotary_dim // 2, rotary_dim // 2, head_dim - rotary_dim]
+    q, keys = (
+        torch.cat([low * first - high * second, high * first + low * second, rest], -1)
+        for low, high, rest in (q.split(sizes, -1), keys.split(sizes, -1))
+    )
     tolerance = 2 * TOLERANCE[dtype]
     torch.testing.assert_close(k[1, :, 0].double(), keys[:16, 0], rtol=tolerance, atol=tolerance)
     assert torch.equal(v[0].flip(0)[:5, 0].double(), values[16:, 0])
@@ -259,14 +292,15 @@ def test_queries_and_keys_are_normalised_then_rotated(
     torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("softcap", [None, 1.5])
 def test_nan_of_a_key_or_value_reaches_those_who_see_it_and_nobody_else(
-    kind: tuple[Kernels, torch.dtype, int],
+    kind: tuple[Kernels, torch.dtype, int], softcap: float | None
 ) -> None:
     kernels, dtype, head_dim = kind
     case = make_case([(100, 1), (80, 1)], head_dim=head_dim, dtype=dtype)
     for part in (case.keys, case.values):
         part[1][70, 0, 3] = math.nan
-        found = run(kernels, case, "±")
+        found = run(kernels, case, "±", softcap=softcap)
         assert not found[0].isnan().any()
         assert found[1, 0].isnan().any()  # the head that reads it
         assert not found[1, 1].isnan().any()
@@ -282,6 +316,7 @@ steps_of_sequences = st.lists(st.tuples(st.integers(0, 150), st.integers(1, 40))
     past_and_new=steps_of_sequences,
     group=st.sampled_from([1, 2, 3]),
     window=st.sampled_from([None, 3, 20]),
+    softcap=st.sampled_from([None, 1.0]),
     seed=st.integers(0, 1000),
 )
 def test_any_step_is_right_and_bit_equal_in_all_directions(
@@ -289,39 +324,46 @@ def test_any_step_is_right_and_bit_equal_in_all_directions(
     past_and_new: list[tuple[int, int]],
     group: int,
     window: int | None,
+    softcap: float | None,
     seed: int,
 ) -> None:
     name, dtype = name_and_dtype
     kernels = select(name, dtype)
     case = make_case([(past + new, new) for past, new in past_and_new], group=group, head_dim=32, dtype=dtype)
-    forward = run(kernels, case, "+", window=window)
-    assert_right(forward, case, window=window)
+    forward = run(kernels, case, "+", window=window, softcap=softcap)
+    assert_right(forward, case, window=window, softcap=softcap)
     for directions in ("-", "±", "shared"):
-        assert torch.equal(run(kernels, case, directions, window=window, seed=seed), forward)
+        assert torch.equal(run(kernels, case, directions, window=window, softcap=softcap, seed=seed), forward)
 
 
 @settings(deadline=None, max_examples=60)
 @given(
     past_and_new=steps_of_sequences,
     window=st.sampled_from([None, 3, 70]),
+    softcap=st.sampled_from([None, 1.0]),
     chosen=st.integers(0, 5),
     part=st.integers(1, 40),
 )
 def test_tokens_are_bit_equal_alone_in_any_batch_and_in_any_chunk(
-    cpu_kernels: Kernels, past_and_new: list[tuple[int, int]], window: int | None, chosen: int, part: int
+    cpu_kernels: Kernels,
+    past_and_new: list[tuple[int, int]],
+    window: int | None,
+    softcap: float | None,
+    chosen: int,
+    part: int,
 ) -> None:
     together = make_case([(past + new, new) for past, new in past_and_new], group=3, head_dim=32, dtype=torch.bfloat16)
     chosen %= len(together.lengths)
     length, num_new = together.lengths[chosen]
     first = sum(n for _, n in together.lengths[:chosen])
-    expected = run(cpu_kernels, together, "+", window=window)[first : first + num_new]
+    expected = run(cpu_kernels, together, "+", window=window, softcap=softcap)[first : first + num_new]
     keys, values = together.keys[chosen], together.values[chosen]
     for start in range(0, num_new, part):
         stop = min(start + part, num_new)
         end = length - num_new + stop
         queries = together.queries[first + start : first + stop]
         alone = Case([(end, stop - start)], together.block_size, queries, [keys[:end]], [values[:end]])
-        assert torch.equal(run(cpu_kernels, alone, "-", window=window), expected[start:stop])
+        assert torch.equal(run(cpu_kernels, alone, "-", window=window, softcap=softcap), expected[start:stop])
 
 
 @settings(deadline=None)

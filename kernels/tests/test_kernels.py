@@ -35,9 +35,14 @@ def expected_product(
 ) -> Tensor:
     """In float64, of the inputs rounded to their dtype where they are normalised."""
     if norm is not None:
-        x = F.rms_norm(x.double(), norm.weight.shape, norm.weight.double(), norm.eps).to(x.dtype)
+        x = exact_norm(x, norm).to(x.dtype)
     product = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     return product if residual is None else product + residual.double()
+
+
+def exact_norm(x: Tensor, norm: RMSNorm) -> Tensor:
+    """In float64."""
+    return F.rms_norm(x.double(), norm.weight.shape, norm.offset + norm.weight.double(), norm.eps)
 
 
 def assert_close(found: Tensor, expected: Tensor) -> None:
@@ -49,14 +54,16 @@ def assert_close(found: Tensor, expected: Tensor) -> None:
     ("out_features", "in_features"), [(1, 3), (7, 33), (96, 64), (131, 64), (64, 96), (40, 2), (2048, 130)]
 )
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("norm_offset", [None, 0.0, 1.0])
 def test_product(
-    kind: tuple[Kernels, torch.dtype], out_features: int, in_features: int, has_bias: bool, has_norm: bool
+    kind: tuple[Kernels, torch.dtype], out_features: int, in_features: int, has_bias: bool, norm_offset: float | None
 ) -> None:
     kernels, dtype = kind
     weight = torch.randn(out_features, in_features).to(dtype)
     bias = torch.randn(out_features).to(dtype) if has_bias else None
-    norm = RMSNorm(torch.rand(in_features).add(0.5).to(dtype), 1e-5) if has_norm else None
+    norm = None
+    if norm_offset is not None:
+        norm = RMSNorm(torch.rand(in_features).add(0.5).to(dtype), 1e-5, norm_offset)
     linear = kernels.linear(weight, bias, norm)
     with torch.inference_mode():
         for num_rows in (1, 2, 5, 12, 13, 16, 33, 97, 200):
@@ -71,19 +78,21 @@ def test_product(
 @pytest.mark.parametrize("activation", [F.silu, F.gelu])
 @pytest.mark.parametrize(("out_features", "in_features"), [(64, 96), (1536, 64), (24, 33)])
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("has_norm", [False, True])
+@pytest.mark.parametrize("norm_offset", [None, 0.0, 1.0])
 def test_gated_product(
     kind: tuple[Kernels, torch.dtype],
     activation: Activation,
     out_features: int,
     in_features: int,
     has_bias: bool,
-    has_norm: bool,
+    norm_offset: float | None,
 ) -> None:
     kernels, dtype = kind
     weight = torch.randn(2 * out_features, in_features).to(dtype)
     bias = torch.randn(2 * out_features).to(dtype) if has_bias else None
-    norm = RMSNorm(torch.rand(in_features).add(0.5).to(dtype), 1e-5) if has_norm else None
+    norm = None
+    if norm_offset is not None:
+        norm = RMSNorm(torch.rand(in_features).add(0.5).to(dtype), 1e-5, norm_offset)
     gated = kernels.gated_linear(weight, bias, activation, norm)
     with torch.inference_mode():
         for num_rows in (1, 12, 33):
@@ -120,13 +129,14 @@ def test_any_number_of_threads_computes_the_same(num_threads: int) -> None:
         assert torch.equal(linear(x), expected)
 
 
+@pytest.mark.parametrize("offset", [0.0, 1.0])
 @pytest.mark.parametrize("size", [16, 64, 576, 70])
-def test_rms_norm(kind: tuple[Kernels, torch.dtype], size: int) -> None:
+def test_rms_norm(kind: tuple[Kernels, torch.dtype], size: int, offset: float) -> None:
     kernels, dtype = kind
-    norm = RMSNorm(torch.randn(size).to(dtype), 1e-5)
+    norm = RMSNorm(torch.randn(size).to(dtype), 1e-5, offset)
     for num_rows in (1, 8, 33):
         x = (3 * torch.randn(num_rows, 2 * size)).to(dtype)[:, :size]
-        assert_close(kernels.rms_norm(x, norm), F.rms_norm(x.double(), (size,), norm.weight.double(), 1e-5))
+        assert_close(kernels.rms_norm(x, norm), exact_norm(x, norm))
 
 
 @pytest.mark.parametrize("vocab_size", [1, 5, 16, 131, 49_152])

@@ -7,8 +7,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-#: Fields that change the weights' meaning in ways no model here knows.
-_REFUSED_FIELDS: Final = ("quantization_config", "compression_config")
+#: Fields that change any model in ways that no model here knows, and what they are.
+_REFUSED_FIELDS: Final = {
+    "quantization_config": "quantised weights are not supported",
+    "compression_config": "quantised weights are not supported",
+    "per_layer_config": "fields that differ from layer to layer are not supported",
+}
 
 
 class UnsupportedModelError(Exception):
@@ -38,9 +42,9 @@ class ConfigFields:
         if not isinstance(values, dict):
             raise UnsupportedModelError("config.json is not a JSON object")
         fields = cls(values)
-        for name in _REFUSED_FIELDS:
+        for name, reason in _REFUSED_FIELDS.items():
             if not fields.is_null(name):
-                raise fields.refusal(name, "quantised weights are not supported")
+                raise fields.refusal(name, reason)
         return fields
 
     def is_null(self, name: str) -> bool:
@@ -87,6 +91,10 @@ class ConfigFields:
     def updated(self, values: Mapping[str, Any]) -> ConfigFields:
         """These fields with some replaced."""
         return ConfigFields({**self._values, **values}, self._prefix)
+
+    def with_defaults(self, values: Mapping[str, Any]) -> ConfigFields:
+        """These fields, those filled in that are absent or null."""
+        return self.updated({name: value for name, value in values.items() if self.is_null(name)})
 
     def refusal(self, name: str, reason: str) -> UnsupportedModelError:
         """The error that refuses the model for this field's value."""

@@ -163,22 +163,39 @@ class RankWeights:
         device: torch.device,
         dtype: torch.dtype,
         kernels: Kernels,
+        are_transposed: bool = False,
     ) -> None:
-        """`kernels`: what is computed with the weights, which may lay them out anew."""
+        """Describe the share; nothing is read yet.
+
+        Args:
+            kernels: what is computed with the weights, which may lay them out anew.
+            are_transposed: the checkpoint's matrices are (in_features, out_features). Shapes, rows and columns are said
+                of what becomes of them: (out_features, in_features).
+        """
         self.checkpoint = checkpoint
         self.kernels = kernels
         self.parallel = parallel
         self.device = device
         self.dtype = dtype
+        self._are_transposed = are_transposed
+
+    def transposed(self) -> RankWeights:
+        """The same share, of matrices that the checkpoint holds as (in_features, out_features)."""
+        return RankWeights(self.checkpoint, self.parallel, self.device, self.dtype, self.kernels, are_transposed=True)
 
     def whole(self, name: str, shape: Sequence[int]) -> Tensor:
         """The whole tensor, on every rank."""
-        return self._place(self.checkpoint.take(name, shape))
+        return self._take(name, shape)
 
     def rows(self, name: str, shape: Sequence[int], num_parts: int | None = None) -> Tensor:
         """This rank's part of dim 0, cut into `num_parts`: the world size, or fewer where ranks share a part."""
         num_parts = num_parts or self.parallel.world_size
         return self._part(name, shape, 0, self.parallel.rank * num_parts // self.parallel.world_size, num_parts)
+
+    def blocks(self, name: str, shape: Sequence[int], block_size: int, indices: Sequence[int]) -> Tensor:
+        """Blocks of `block_size` along dim 0, those of `indices` in their order."""
+        starts = [index * block_size for index in indices]
+        return torch.cat([self._take(name, shape, 0, start, start + block_size) for start in starts])
 
     def columns(self, name: str, shape: Sequence[int]) -> Tensor:
         """This rank's part of dim 1."""
@@ -197,7 +214,12 @@ class RankWeights:
     def _part(self, name: str, shape: Sequence[int], dim: int, index: int, num_parts: int) -> Tensor:
         assert shape[dim] % num_parts == 0
         size = shape[dim] // num_parts
-        return self._place(self.checkpoint.take(name, shape, dim, index * size, (index + 1) * size))
+        return self._take(name, shape, dim, index * size, (index + 1) * size)
+
+    def _take(self, name: str, shape: Sequence[int], dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
+        if self._are_transposed and len(shape) == 2:
+            return self._place(self.checkpoint.take(name, shape[::-1], 1 - dim, start, stop).T)
+        return self._place(self.checkpoint.take(name, shape, dim, start, stop))
 
     def _place(self, tensor: Tensor) -> Tensor:
         # A copy always: a tensor that still lay in the mapped file would fault if the file were cut while serving.

@@ -44,6 +44,7 @@ _LLAMA = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
 _OPT = {
     "vocab_size": VOCAB_SIZE,
     "hidden_size": 64,
@@ -57,8 +58,40 @@ _OPT = {
     "pad_token_id": None,
 }
 
+_NEOX = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_LENGTH,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+_FALCON = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": MAX_LENGTH,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+_GPT2 = {
+    "vocab_size": VOCAB_SIZE,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": MAX_LENGTH,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
 
-def _rope(rope_type: str, **parameters: float) -> dict[str, Any]:
+
+def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": rope_type, "rope_theta": 1000.0, **parameters}}
 
 
@@ -107,6 +140,110 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "mixtral": ("Mixtral", _LLAMA | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "mixtral-window": (
+        "Mixtral",
+        _LLAMA | {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 7, "head_dim": 32},
+    ),
+    "qwen2-moe": ("Qwen2Moe", _LLAMA | _EXPERTS | {"shared_expert_intermediate_size": 48}),
+    "qwen2-moe-window": (
+        "Qwen2Moe",
+        _LLAMA
+        | _EXPERTS
+        | {
+            "shared_expert_intermediate_size": 48,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+        },
+    ),
+    "qwen3-moe": ("Qwen3Moe", _LLAMA | _EXPERTS | {"norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3-moe-window": (
+        "Qwen3Moe",
+        _LLAMA | _EXPERTS | {"head_dim": 32, "attention_bias": True, "use_sliding_window": True, "sliding_window": 7},
+    ),
+    "gemma": ("Gemma", _LLAMA | {"head_dim": 16}),
+    "gemma-untied-biases": (
+        "Gemma",
+        _LLAMA | {"head_dim": 32, "hidden_act": "gelu", "attention_bias": True, "tie_word_embeddings": False},
+    ),
+    # Caps that scores and logits do reach.
+    "gemma2": (
+        "Gemma2",
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 1.0,
+        },
+    ),
+    "gemma2-uncapped": (
+        "Gemma2",
+        _LLAMA
+        | {
+            "head_dim": 16,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "hidden_activation": "silu",
+        },
+    ),
+    "gemma3": (
+        "Gemma3Text",
+        _LLAMA
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 8,
+            "sliding_window": 7,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 50.0},
+            },
+        },
+    ),
+    "gemma3-capped": (
+        "Gemma3Text",
+        _LLAMA
+        | {
+            "head_dim": 32,
+            "num_hidden_layers": 6,
+            "sliding_window": 5,
+            "attention_bias": True,
+            "final_logit_softcapping": 0.5,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "phi3": ("Phi3", _LLAMA | {"sliding_window": 7}),
+    "phi3-longrope": (
+        "Phi3",
+        _LLAMA
+        | {"tie_word_embeddings": True, "original_max_position_embeddings": MAX_LENGTH}
+        | _rope(
+            "longrope",
+            factor=4.0,
+            partial_rotary_factor=0.75,
+            short_factor=[1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+            long_factor=[9.0] * 6,
+        ),
+    ),
+    "starcoder2": ("Starcoder2", _LLAMA | {"sliding_window": 7}),
+    "starcoder2-plain": (
+        "Starcoder2",
+        _LLAMA
+        | {
+            "num_key_value_heads": 1,
+            "use_bias": False,
+            "norm_epsilon": 0.1,
+            "hidden_act": "relu",
+            "tie_word_embeddings": False,
+        },
+    ),
     "opt": ("OPT", _OPT),
     "opt-350m-like": ("OPT", _OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 48}),
     "opt-plain": (
@@ -114,6 +251,45 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         _OPT | {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
     ),
     "opt-no-final-norm": ("OPT", _OPT | {"_remove_final_layer_norm": True, "tie_word_embeddings": False}),
+    "gpt-neox": ("GPTNeoX", _NEOX),
+    "gpt-neox-sequential": (
+        "GPTNeoX",
+        _NEOX
+        | {
+            "use_parallel_residual": False,
+            "attention_bias": False,
+            "tie_word_embeddings": True,
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 0.001,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000.0, "partial_rotary_factor": 1.0},
+        },
+    ),
+    "falcon": ("Falcon", _FALCON),
+    "falcon-mha": ("Falcon", _FALCON | {"multi_query": False, "bias": True, "tie_word_embeddings": False}),
+    "falcon-sequential": ("Falcon", _FALCON | {"parallel_attn": False, "layer_norm_epsilon": 0.1}),
+    "falcon-new": ("Falcon", _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-new-one-norm": (
+        "Falcon",
+        _FALCON
+        | {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "activation": "gelu_new",
+            "ffn_hidden_size": 96,
+        },
+    ),
+    "gpt-bigcode": ("GPTBigCode", _GPT2),
+    "gpt-bigcode-mha": (
+        "GPTBigCode",
+        _GPT2 | {"multi_query": False, "scale_attn_weights": False, "tie_word_embeddings": False},
+    ),
+    "gpt2": ("GPT2", _GPT2),
+    "gpt2-scales": ("GPT2", _GPT2 | {"scale_attn_weights": False, "scale_attn_by_inverse_layer_idx": True}),
+    "gpt2-untied": (
+        "GPT2",
+        _GPT2 | {"n_inner": 96, "activation_function": "relu", "layer_norm_epsilon": 0.1, "tie_word_embeddings": False},
+    ),
 }
 
 
@@ -130,12 +306,12 @@ class Reference:
 def _make_model(kind: str, options: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, f"{kind}Config")(**options)
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            is_norm_scale = "norm" in name and name.endswith("weight")
+            is_norm_scale = ("norm" in name or "ln_" in name) and name.endswith("weight")
             # Small embeddings: a tied head would otherwise do no more than repeat the last token.
-            scale = 0.05 if "embed_tokens" in name else 0.2
+            scale = 0.05 if parameter is model.get_input_embeddings().weight else 0.2
             parameter.normal_(1.0 if is_norm_scale else 0.0, scale)
     model.tie_weights()
     return model

@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.gemma import read_gemma3
+from bros_shard.models.gpt_neox import read_gpt_neox
+from bros_shard.models.model import ModelLimits
 from bros_shard.models.registry import read_dtype
 
 
 @pytest.mark.parametrize(
     ("model", "change", "message"),
     [
-        ("llama", {"architectures": ["GPT2LMHeadModel"]}, "architectures = ['GPT2LMHeadModel']: supported are Llama"),
+        ("llama", {"architectures": ["BloomForCausalLM"]}, "architectures = ['BloomForCausalLM']: supported are "),
         ("llama", {"architectures": None}, "architectures = None: the model needs this field"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: quantised weights"),
+        ("llama", {"per_layer_config": {"1": {"head_dim": 8}}}, "fields that differ from layer to layer are not"),
         ("llama", {"hidden_act": "relu2"}, "hidden_act = 'relu2': this activation is not supported"),
         ("llama", {"hidden_size": None}, "hidden_size = None: the model needs this field"),
         ("llama", {"hidden_size": "64"}, "hidden_size = '64': is of the wrong type"),
@@ -30,12 +35,34 @@ from bros_shard.models.registry import read_dtype
         ("llama", {"rms_norm_eps": -1e-6}, "rms_norm_eps = -1e-06: must be a positive number"),
         ("llama", {"tie_word_embeddings": 1}, "tie_word_embeddings = 1: is of the wrong type"),
         ("llama", {"dtype": "int8"}, "dtype = 'int8': this dtype is not supported"),
-        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters.rope_type = 'longrope'"),
+        ("llama", {"rope_parameters": {"rope_type": "axial"}}, "rope_parameters.rope_type = 'axial'"),
         ("mistral", {"sliding_window": 0}, "sliding_window = 0: must be at least 1"),
         ("qwen2", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']: must say"),
         ("qwen3", {"layer_types": ["full_attention"] * 2 + ["chunked_attention"]}, "layer_types = ['full"),
+        ("mixtral", {"num_experts_per_tok": 5}, "num_experts_per_tok = 5: there are 4 experts"),
+        ("gemma", {"hidden_activation": "relu"}, "hidden_activation = 'relu': this family has hidden_act"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True: tokens see"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention = True: tokens see"),
+        ("gemma2", {"hidden_activation": "relu2"}, "hidden_activation = 'relu2': this activation is not supported"),
+        ("gemma2", {"layer_types": ["full_attention"]}, "layer_types = ['full_attention']: must say"),
+        ("gemma2", {"attn_logit_softcapping": 0}, "attn_logit_softcapping = 0: must be a positive number"),
+        ("gemma2", {"sliding_window": None}, "sliding_window = None: this family has one"),
+        ("gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping = 50.0: this family caps no scores"),
+        ("gemma3", {"rope_parameters": {"rope_type": "default"}}, "must hold full_attention and sliding_attention"),
+        ("phi3", {"attention_bias": True}, "attention_bias = True: this family has none"),
+        ("phi3", {"rope_parameters": {"rope_type": "yarn"}}, "rope_parameters.rope_type = 'yarn': this family"),
+        ("starcoder2", {"norm_type": "rms_norm"}, "norm_type = 'rms_norm': only layer_norm is supported"),
+        ("starcoder2", {"mlp_type": "gated"}, "mlp_type = 'gated': only default is supported"),
+        ("falcon", {"alibi": True}, "alibi = True: biases of the scores are not supported"),
+        ("falcon", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),
+        ("falcon", {"num_ln_in_parallel_attn": 2}, "num_ln_in_parallel_attn = 2: the layer has no use"),
+        ("falcon", {"multi_query": False, "num_kv_heads": 2}, "num_kv_heads = 2: groups of heads need new"),
+        ("falcon-new", {"parallel_attn": False}, "parallel_attn = False: new_decoder_architecture is always"),
         ("opt", {"activation_function": "quick_gelu"}, "activation_function = 'quick_gelu': this activation"),
         ("opt", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),
+        ("gpt-neox", {"num_attention_heads": 5}, "num_attention_heads = 5: does not divide hidden_size = 64"),
+        ("gpt2", {"n_head": 5}, "n_head = 5: does not divide n_embd = 64"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention = True: attention to an encoder"),
     ],
 )
 def test_models_are_refused_by_the_name_of_a_field(
@@ -64,9 +91,45 @@ def test_unreadable_config_is_refused(content: str | None, message: str, tmp_pat
         ConfigFields.load(tmp_path)
 
 
-def test_an_operator_cannot_scale_learned_positions(reference, make_worker) -> None:
+@pytest.mark.parametrize(("name", "field"), [("opt", "max_position_embeddings"), ("gpt2", "n_positions")])
+def test_an_operator_cannot_scale_or_add_learned_positions(name: str, field: str, reference, make_worker) -> None:
     with pytest.raises(UnsupportedModelError, match="rope_scaling: the model has no rotary embedding"):
-        make_worker(reference("opt").path, rope_scaling="linear", rope_factor=2.0)
+        make_worker(reference(name).path, rope_scaling="linear", rope_factor=2.0)
+    with pytest.raises(UnsupportedModelError, match=f"{field} = 128: sequences of 129 tokens"):
+        make_worker(reference(name).path, max_length=129)
+
+
+def test_first_gpt_neox_configs_mean_the_same() -> None:
+    fields = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 1}
+    fields |= {"num_attention_heads": 2, "max_position_embeddings": 16}
+    older = read_gpt_neox(ConfigFields(fields | {"rotary_emb_base": 500, "rotary_pct": 0.5}), ModelLimits())
+    rope = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    today = read_gpt_neox(ConfigFields(fields | {"rope_parameters": rope}), ModelLimits())
+    assert torch.equal(older.rope.inverse, today.rope.inverse)
+    assert len(read_gpt_neox(ConfigFields(fields), ModelLimits()).rope.inverse) == 4  # a quarter of 32, in pairs
+
+
+def test_first_gemma3_configs_mean_the_same() -> None:
+    fields: dict[str, Any] = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 8, "num_hidden_layers": 4}
+    fields |= {"num_attention_heads": 4, "head_dim": 16, "max_position_embeddings": 16, "sliding_window": 3}
+    older = fields | {
+        "sliding_window_pattern": 3,
+        "rope_theta": 500.0,
+        "rope_local_base_freq": 20.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    }
+    today = fields | {
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        },
+    }
+    configs = [read_gemma3(ConfigFields(each), ModelLimits()) for each in (older, today)]
+    assert [config.llama.windows for config in configs] == [(3, 3, None, 3)] * 2
+    ropes = [(config.llama.rope.inverse, config.local_rope.inverse) for config in configs if config.local_rope]
+    assert torch.equal(ropes[0][0], ropes[1][0]) and torch.equal(ropes[0][1], ropes[1][1])
+    assert not torch.equal(*ropes[0])
 
 
 def test_dtype_is_read_from_either_name() -> None:

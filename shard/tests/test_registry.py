@@ -12,12 +12,17 @@ from torch import Tensor
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.kernels import select_kernels
+from bros_kernels.linear import RMSNorm
+from bros_kernels.torch_kernels import TorchKernels
 from bros_shard.kv_cache import KVCache
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.experts import Experts
 from bros_shard.models.layers import check_divisible
 from bros_shard.models.model import ModelLimits
+from bros_shard.models.qwen_moe import read_qwen3_moe
 from bros_shard.models.registry import load_model
 from bros_shard.parallel import ParallelGroup
+from bros_shard.weights import Checkpoint, RankWeights
 
 CPU = torch.device("cpu")
 
@@ -46,7 +51,31 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
     return logits
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral-window", "qwen2", "qwen3", "opt", "opt-350m-like"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "mistral-window",
+        "qwen2",
+        "qwen3",
+        "mixtral",
+        "qwen2-moe",
+        "qwen3-moe",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "phi3-longrope",
+        "starcoder2",
+        "falcon",
+        "falcon-new",
+        "opt",
+        "opt-350m-like",
+        "gpt2",
+        "gpt-bigcode",
+        "gpt-neox",
+    ],
+)
 def test_float32_logits_equal_transformers(name: str, reference) -> None:
     expected = reference(name)
     with torch.inference_mode():
@@ -55,7 +84,20 @@ def test_float32_logits_equal_transformers(name: str, reference) -> None:
     torch.testing.assert_close(found, logits, rtol=2e-5, atol=2e-5 * float(logits.abs().max()))
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-head-dim", "qwen3-window-bias", "opt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama",
+        "llama-head-dim",
+        "qwen3-window-bias",
+        "gemma",
+        "gemma2",
+        "gemma3",
+        "opt",
+        "gpt2",
+        "gpt-neox",
+    ],
+)
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference) -> None:
     expected = reference(name)
     prompt = expected.prompts[10]
@@ -67,24 +109,39 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference
     assert (ours - exact).square().mean() < 1.2 * (theirs - exact).square().mean()
 
 
-def test_tied_model_ignores_a_head_in_the_checkpoint(reference, tmp_path: Path) -> None:
-    expected = reference("llama-tied")
+def test_logits_come_up_to_their_cap(reference) -> None:
+    expected = reference("gemma2")
+    largest = logits_of(expected.path, expected.prompts[10], torch.float32).abs().max()
+    assert 0.98 < largest < 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("llama-tied", ["lm_head.weight", "model.layers.0.self_attn.rotary_emb.inv_freq"]),
+        ("gpt2", ["lm_head.weight", "transformer.h.0.attn.bias", "transformer.h.0.attn.masked_bias"]),
+        ("gpt-neox-sequential", ["embed_out.weight", "gpt_neox.layers.0.attention.masked_bias"]),
+    ],
+)
+def test_tied_heads_frequencies_and_masks_in_a_checkpoint_are_ignored(
+    name: str, extra: list[str], reference, tmp_path: Path
+) -> None:
+    expected = reference(name)
     (tmp_path / "config.json").write_text((expected.path / "config.json").read_text())
     tensors = load_file(expected.path / "model.safetensors")
-    assert "lm_head.weight" not in tensors
-    tensors["lm_head.weight"] = torch.zeros(131, 64)
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(8)
-    save_file(tensors, tmp_path / "model.safetensors")
+    assert tensors.keys().isdisjoint(extra)
+    save_file(tensors | {each: torch.zeros(8, 8) for each in extra}, tmp_path / "model.safetensors")
     prompt = expected.prompts[3]
     assert torch.equal(logits_of(tmp_path, prompt, torch.float32), logits_of(expected.path, prompt, torch.float32))
 
 
-def test_first_opt_checkpoints_lack_the_outer_module(reference, tmp_path: Path) -> None:
-    expected = reference("opt")
+@pytest.mark.parametrize(("name", "module"), [("opt", "model."), ("gpt2", "transformer.")])
+def test_first_checkpoints_lack_the_outer_module(name: str, module: str, reference, tmp_path: Path) -> None:
+    expected = reference(name)
     (tmp_path / "config.json").write_text((expected.path / "config.json").read_text())
     tensors = load_file(expected.path / "model.safetensors")
     save_file(
-        {name.removeprefix("model."): tensor for name, tensor in tensors.items()},
+        {name.removeprefix(module): tensor for name, tensor in tensors.items()},
         tmp_path / "model.safetensors",
     )
     prompt = expected.prompts[3]
@@ -92,10 +149,23 @@ def test_first_opt_checkpoints_lack_the_outer_module(reference, tmp_path: Path) 
 
 
 class Ranks:
-    """What `check_divisible` asks of a `ParallelGroup`."""
+    """What loading a model asks of a `ParallelGroup`."""
 
     def __init__(self, world_size: int) -> None:
+        self.rank = 0
         self.world_size = world_size
+
+
+def test_experts_that_cannot_be_split_are_refused(reference) -> None:
+    path = reference("qwen3-moe").path
+    ranks: Any = Ranks(3)
+    (experts, *_) = read_qwen3_moe(ConfigFields.load(path), ModelLimits()).experts
+    assert experts is not None
+    with Checkpoint(path) as checkpoint:
+        weights = RankWeights(checkpoint, ranks, CPU, torch.float32, TorchKernels(torch.float32))
+        norm = RMSNorm(torch.ones(64), 1e-6)
+        with pytest.raises(UnsupportedModelError, match="32 features of the MLP cannot be split over 3 ranks"):
+            Experts(experts, weights, "model.layers.0", 64, torch.relu, norm)
 
 
 @pytest.mark.parametrize(

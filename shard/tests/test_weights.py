@@ -74,6 +74,21 @@ def test_ranks_hold_the_whole_between_them(world_size: int, tmp_path: Path) -> N
         assert torch.equal(torch.cat([rank.rows("m", (8, 12)) for rank in ranks]), matrix)
         assert torch.equal(torch.cat([rank.columns("m", (8, 12)) for rank in ranks], 1), matrix)
         assert all(torch.equal(rank.whole("m", (8, 12)), matrix) for rank in ranks)
+        assert torch.equal(torch.cat([rank.transposed().rows("m", (12, 8)) for rank in ranks]), matrix.T)
+        assert torch.equal(torch.cat([rank.transposed().columns("m", (12, 8)) for rank in ranks], 1), matrix.T)
+        assert ranks[0].transposed().rows("m", (12, 8)).is_contiguous()
+
+
+def test_blocks_come_in_the_order_asked_for(tmp_path: Path) -> None:
+    matrix, bias = torch.randn(6, 4), torch.randn(6)
+    save(tmp_path, {"m": matrix, "b": bias, "t": matrix.T.contiguous()})
+    with Checkpoint(tmp_path) as checkpoint:
+        weights = rank_weights(checkpoint, 0, 1)
+        expected = torch.cat([matrix[4:], matrix[:2]])
+        assert torch.equal(weights.blocks("m", (6, 4), 2, (2, 0)), expected)
+        assert torch.equal(weights.blocks("b", (6,), 2, (2, 0)), torch.cat([bias[4:], bias[:2]]))
+        assert torch.equal(weights.transposed().blocks("t", (6, 4), 2, (2, 0)), expected)
+        assert torch.equal(weights.transposed().blocks("b", (6,), 2, (0,)), bias[:2])
 
 
 def test_ranks_share_parts_and_pad_the_last(tmp_path: Path) -> None:

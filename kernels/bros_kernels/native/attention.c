@@ -14,24 +14,28 @@ struct attend_job {
     uint16_t *qkv;
     int64_t qkv_stride;
     const uint16_t *cos, *sin;
+    int64_t rotary_dim;
     uint16_t *k, *v;
     uint16_t *out;
-    float scale_log2e;
+    /* Scores are in units of log2(e), so that exp2 takes their exponential: query @ key * scale, or, where `cap` is not
+     * 0, cap * tanh(query @ key * scale). */
+    float scale, cap;
 };
 
 /* New tokens of a tile while they are prepared. */
 enum { TILE_TOKENS = 8 };
 
-/* Turn the pairs (i, i + head_dim / 2) of one head by a position's angles. */
-AVX512_INLINE void rotate(uint16_t *x, int64_t head_dim, const uint16_t *cos, const uint16_t *sin)
+/* Turn the pairs (i, i + rotary_dim / 2) of one head by a position's angles. */
+AVX512_INLINE void rotate(uint16_t *x, int64_t rotary_dim, const uint16_t *cos, const uint16_t *sin)
 {
-    const int64_t half = head_dim / 2;
+    const int64_t half = rotary_dim / 2;
     for (int64_t d = 0; d < half; d += 16) {
-        __m512 low = load_bf16(x + d, 0xffff), high = load_bf16(x + half + d, 0xffff);
-        __m512 new_low = _mm512_mul_ps(low, load_bf16(cos + d, 0xffff));
-        __m512 new_high = _mm512_mul_ps(high, load_bf16(cos + half + d, 0xffff));
-        store_bf16(x + d, _mm512_fmadd_ps(high, load_bf16(sin + d, 0xffff), new_low), 0xffff);
-        store_bf16(x + half + d, _mm512_fmadd_ps(low, load_bf16(sin + half + d, 0xffff), new_high), 0xffff);
+        const __mmask16 lanes = lanes_below(half - d);
+        __m512 low = load_bf16(x + d, lanes), high = load_bf16(x + half + d, lanes);
+        __m512 new_low = _mm512_mul_ps(low, load_bf16(cos + d, lanes));
+        __m512 new_high = _mm512_mul_ps(high, load_bf16(cos + half + d, lanes));
+        store_bf16(x + d, _mm512_fmadd_ps(high, load_bf16(sin + d, lanes), new_low), lanes);
+        store_bf16(x + half + d, _mm512_fmadd_ps(low, load_bf16(sin + half + d, lanes), new_high), lanes);
     }
 }
 
@@ -40,17 +44,17 @@ AVX512BF16 static void prepare_tile(const void *argument, int64_t tile)
 {
     const struct attend_job *job = argument;
     const struct bros_attention *attention = job->attention;
-    const int64_t num_heads = attention->num_heads, head_dim = attention->head_dim;
+    const int64_t num_heads = attention->num_heads, head_dim = attention->head_dim, rotary_dim = job->rotary_dim;
     const int64_t num_rotated = num_heads + attention->num_kv_heads, row = attention->num_kv_heads * head_dim;
     int64_t stop = (tile + 1) * TILE_TOKENS < job->step->num_tokens ? (tile + 1) * TILE_TOKENS : job->step->num_tokens;
     for (int64_t token = tile * TILE_TOKENS; token < stop; token++) {
         uint16_t *x = job->qkv + token * job->qkv_stride;
         for (int64_t head = 0; head < num_rotated; head++) {
-            const uint16_t *norm = head < num_heads ? attention->q_norm : attention->k_norm;
-            if (norm)
-                normalise(x + head * head_dim, head_dim, norm, attention->norm_eps, x + head * head_dim);
+            const struct bros_norm *norm = head < num_heads ? &attention->q_norm : &attention->k_norm;
+            if (norm->weight)
+                normalise(x + head * head_dim, head_dim, norm, x + head * head_dim);
             if (job->cos)
-                rotate(x + head * head_dim, head_dim, job->cos + token * head_dim, job->sin + token * head_dim);
+                rotate(x + head * head_dim, rotary_dim, job->cos + token * rotary_dim, job->sin + token * rotary_dim);
         }
         size_t row_bytes = (size_t)row * sizeof *x;
         memcpy(job->k + job->step->slots[token] * row, x + num_heads * head_dim, row_bytes);
@@ -177,13 +181,16 @@ AVX512_INLINE void score(struct scratch *scratch, int64_t head_dim, int64_t row,
 }
 
 /* The weights of a row's keys, of which it sees [first, stop) of this tile: exp2(score - maximum so far), in bf16. */
-AVX512_INLINE void weigh(struct scratch *scratch, int64_t row, int64_t first, int64_t stop, float scale_log2e)
+AVX512_INLINE void weigh(const struct attend_job *job, struct scratch *scratch, int64_t row, int64_t first,
+                         int64_t stop)
 {
     const __m512 nothing = _mm512_set1_ps(-INFINITY);
     __m512 scores[TILE_KEYS / 16], largest = nothing;
     for (int i = 0; i < TILE_KEYS / 16; i++) {
         __mmask16 is_seen = lanes_below(stop - 16 * i) & ~lanes_below(first - 16 * i);
-        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(&scratch->scores[row][16 * i]), _mm512_set1_ps(scale_log2e));
+        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(&scratch->scores[row][16 * i]), _mm512_set1_ps(job->scale));
+        if (job->cap != 0.0f)
+            scaled = _mm512_mul_ps(tanh_ps(scaled), _mm512_set1_ps(job->cap));
         scores[i] = _mm512_mask_mov_ps(nothing, is_seen, scaled);
         largest = _mm512_max_ps(largest, scores[i]);
     }
@@ -262,7 +269,7 @@ AVX512BF16 static void attend_tile(const void *argument, int64_t tile)
         for (int64_t row = 0; row < num_rows; row++) {
             int64_t position = queries->first_position + row / group;
             int64_t first = job->attention->window ? position + 1 - job->attention->window - start : 0;
-            weigh(&scratch, row, first, position + 1 - start, job->scale_log2e);
+            weigh(job, &scratch, row, first, position + 1 - start);
         }
         for (int64_t d = 0; d < head_dim; d += PANEL)
             for (int64_t row = 0, rows; row < num_rows; row += rows) {
@@ -281,12 +288,15 @@ AVX512BF16 static void attend_tile(const void *argument, int64_t tile)
 }
 
 void bros_attend(const struct bros_step *step, const struct bros_attention *attention, uint16_t *qkv,
-                 const uint16_t *cos, const uint16_t *sin, uint16_t *k, uint16_t *v, uint16_t *out)
+                 const uint16_t *cos, const uint16_t *sin, int64_t rotary_dim, uint16_t *k, uint16_t *v, uint16_t *out)
 {
     const int64_t num_heads = attention->num_heads, num_kv_heads = attention->num_kv_heads;
     struct attend_job job = {.step = step, .attention = attention, .qkv = qkv,
                              .qkv_stride = (num_heads + 2 * num_kv_heads) * attention->head_dim, .cos = cos,
-                             .sin = sin, .k = k, .v = v, .out = out, .scale_log2e = attention->scale * LOG2E};
+                             .sin = sin, .rotary_dim = rotary_dim, .k = k, .v = v, .out = out};
+    const float softcap = attention->softcap;
+    job.cap = softcap * LOG2E;
+    job.scale = softcap != 0.0f ? attention->scale / softcap : attention->scale * LOG2E;
     bros_run(prepare_tile, &job, (step->num_tokens + TILE_TOKENS - 1) / TILE_TOKENS);
     bros_run(attend_tile, &job, step->num_queries * num_kv_heads);
 }

@@ -12,6 +12,7 @@
 
 #include <stdint.h>
 
+#include "norm.h"
 #include "pool.h"
 
 /* Query tokens that are computed together: some of one sequence. */
@@ -41,16 +42,18 @@ struct bros_attention {
     int64_t num_heads, num_kv_heads; /* query head h reads key head h / (num_heads / num_kv_heads) */
     int64_t head_dim;                /* a multiple of 32 */
     int64_t window;                  /* a token sees so many tokens up to itself; 0: all of them */
-    const uint16_t *q_norm, *k_norm; /* (head_dim): heads are RMS-normalised with these; or NULL */
-    float norm_eps;
+    struct bros_norm q_norm, k_norm; /* of each head */
     float scale;
+    float softcap; /* a score s becomes softcap * tanh(s / softcap); 0: it stays */
 };
 
 /* Attention of a step's new tokens: normalise and rotate their queries and keys, store keys and values, attend.
  *
- * qkv: (num_tokens, num_heads + 2 * num_kv_heads, head_dim), overwritten; cos and sin: (num_tokens, head_dim), sin
- * negative in the first half, or both NULL; k, v: the layer's region; out: (num_tokens, num_heads, head_dim). */
+ * qkv: (num_tokens, num_heads + 2 * num_kv_heads, head_dim), overwritten; cos and sin: (num_tokens, rotary_dim), sin
+ * negative in the first half, or both NULL; rotary_dim: even, how many numbers of a head are rotated, the first ones;
+ * k, v: the layer's region; out: (num_tokens, num_heads, head_dim). */
 BROS_EXPORT void bros_attend(const struct bros_step *step, const struct bros_attention *attention, uint16_t *qkv,
-                             const uint16_t *cos, const uint16_t *sin, uint16_t *k, uint16_t *v, uint16_t *out);
+                             const uint16_t *cos, const uint16_t *sin, int64_t rotary_dim, uint16_t *k, uint16_t *v,
+                             uint16_t *out);
 
 #endif

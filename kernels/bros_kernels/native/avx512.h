@@ -5,6 +5,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "norm.h"
+
 /* The plain x86-64-v4 level lacks the bf16 products. */
 #define AVX512BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
 #define AVX512_INLINE AVX512BF16 static inline __attribute__((always_inline))
@@ -60,8 +62,17 @@ AVX512_INLINE __m512 silu(__m512 x)
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1.0f), exp2_ps(minus_x_log2e)));
 }
 
-/* out = x / rms(x) * weight, of `size` numbers; out may be x. */
-AVX512_INLINE void normalise(const uint16_t *x, int64_t size, const uint16_t *weight, float eps, uint16_t *out)
+/* tanh(x) = 1 - 2 / (1 + exp(2 x)), to 2e-7; NaN of NaN. */
+AVX512_INLINE __m512 tanh_ps(__m512 x)
+{
+    /* The minimum of anything and NaN is its second operand. */
+    __m512 two_x_log2e = _mm512_min_ps(_mm512_set1_ps(126.0f), _mm512_mul_ps(x, _mm512_set1_ps(2.0f * LOG2E)));
+    __m512 denominator = _mm512_add_ps(_mm512_set1_ps(1.0f), exp2_ps(two_x_log2e));
+    return _mm512_sub_ps(_mm512_set1_ps(1.0f), _mm512_div_ps(_mm512_set1_ps(2.0f), denominator));
+}
+
+/* out = norm(x), of `size` numbers; out may be x. */
+AVX512_INLINE void normalise(const uint16_t *x, int64_t size, const struct bros_norm *norm, uint16_t *out)
 {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 16) {
@@ -69,11 +80,12 @@ AVX512_INLINE void normalise(const uint16_t *x, int64_t size, const uint16_t *we
         squares = _mm512_fmadd_ps(part, part, squares);
     }
     float mean = _mm512_reduce_add_ps(squares) / (float)size;
-    __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean + eps));
+    __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean + norm->eps)), offset = _mm512_set1_ps(norm->offset);
     for (int64_t i = 0; i < size; i += 16) {
         __mmask16 lanes = lanes_below(size - i);
         __m512 scaled = _mm512_mul_ps(load_bf16(x + i, lanes), factor);
-        store_bf16(out + i, _mm512_mul_ps(scaled, load_bf16(weight + i, lanes)), lanes);
+        __m512 weight = _mm512_add_ps(load_bf16(norm->weight + i, lanes), offset);
+        store_bf16(out + i, _mm512_mul_ps(scaled, weight), lanes);
     }
 }
 

@@ -3,7 +3,6 @@
 #include <string.h>
 
 #include "avx512.h"
-#include "norm.h"
 
 void bros_pack_weight(const uint16_t *w, int64_t n, int64_t k, uint16_t *packed)
 {
@@ -97,9 +96,9 @@ AVX512BF16 static void multiply_tile(const void *argument, int64_t tile)
 void bros_multiply(const struct bros_linear *linear, const uint16_t *x, int64_t x_stride, int64_t m,
                    const uint16_t *residual, uint16_t *out)
 {
-    if (linear->norm_weight) {
+    if (linear->norm.weight) {
         uint16_t *normed = bros_scratch((size_t)(m * linear->k) * sizeof *x);
-        bros_rms_norm(x, x_stride, m, linear->k, linear->norm_weight, linear->norm_eps, normed);
+        bros_rms_norm(x, x_stride, m, linear->k, &linear->norm, normed);
         x = normed;
         x_stride = linear->k;
     }

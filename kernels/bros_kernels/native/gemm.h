@@ -5,6 +5,7 @@
 
 #include <stdint.h>
 
+#include "norm.h"
 #include "pool.h"
 
 /* Pack w: (n, k) as [n / 32][k / 2][32][2]: a panel's weights in the order in which they are multiplied, two of a
@@ -22,8 +23,7 @@ struct bros_linear {
     const uint16_t *packed; /* aligned to 64 bytes */
     int64_t n, k;
     const float *bias;          /* (n), or NULL */
-    const uint16_t *norm_weight; /* (k): inputs are divided by their root mean square and multiplied with it; or NULL */
-    float norm_eps;
+    struct bros_norm norm;      /* of the inputs */
     int32_t epilogue;
 };
 

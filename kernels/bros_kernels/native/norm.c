@@ -8,8 +8,7 @@ enum { TILE_ROWS = 8 };
 struct norm_job {
     const uint16_t *x;
     int64_t x_stride, num_rows, size;
-    const uint16_t *weight;
-    float eps;
+    const struct bros_norm *norm;
     uint16_t *out;
 };
 
@@ -17,13 +16,13 @@ AVX512BF16 static void rms_norm_tile(const void *argument, int64_t tile)
 {
     const struct norm_job *job = argument;
     for (int64_t row = tile * TILE_ROWS; row < job->num_rows && row < (tile + 1) * TILE_ROWS; row++) {
-        normalise(job->x + row * job->x_stride, job->size, job->weight, job->eps, job->out + row * job->size);
+        normalise(job->x + row * job->x_stride, job->size, job->norm, job->out + row * job->size);
     }
 }
 
-void bros_rms_norm(const uint16_t *x, int64_t x_stride, int64_t num_rows, int64_t size, const uint16_t *weight,
-                   float eps, uint16_t *out)
+void bros_rms_norm(const uint16_t *x, int64_t x_stride, int64_t num_rows, int64_t size,
+                   const struct bros_norm *norm, uint16_t *out)
 {
-    struct norm_job job = {x, x_stride, num_rows, size, weight, eps, out};
+    struct norm_job job = {x, x_stride, num_rows, size, norm, out};
     bros_run(rms_norm_tile, &job, (num_rows + TILE_ROWS - 1) / TILE_ROWS);
 }

@@ -5,8 +5,14 @@
 
 #include "pool.h"
 
-/* out = x / rms(x) * weight. x: (num_rows, size), rows x_stride numbers apart; out: contiguous; weight: (size). */
+/* The function x / rms(x) * (offset + weight). The offset is added in float32. */
+struct bros_norm {
+    const uint16_t *weight; /* (size); NULL: the function is not applied */
+    float eps, offset;
+};
+
+/* out = norm(x). x: (num_rows, size), rows x_stride numbers apart; out: contiguous. */
 BROS_EXPORT void bros_rms_norm(const uint16_t *x, int64_t x_stride, int64_t num_rows, int64_t size,
-                               const uint16_t *weight, float eps, uint16_t *out);
+                               const struct bros_norm *norm, uint16_t *out);
 
 #endif

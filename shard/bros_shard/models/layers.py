@@ -13,9 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.linear import Activation, Linear, RMSNorm
-from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
-from bros_shard.models.model import LayerKV
 from bros_shard.parallel import ParallelGroup
 from bros_shard.weights import RankWeights
 
@@ -68,15 +66,25 @@ def row_parallel(weights: RankWeights, name: str, out_features: int, in_features
     return lambda x, residual=None: all_reduce(linear(x, residual if is_first else None))
 
 
-def rms_norm(weights: RankWeights, name: str, size: int, eps: float) -> RMSNorm:
-    """The normalisation whose weight the checkpoint calls `name`."""
-    return RMSNorm(weights.whole(f"{name}.weight", (size,)), eps)
+def rms_norm(weights: RankWeights, name: str, size: int, eps: float, offset: float = 0.0) -> RMSNorm:
+    """The normalisation whose weight the checkpoint calls `name`, which keeps it less `offset`."""
+    return RMSNorm(weights.whole(f"{name}.weight", (size,)), eps, offset)
+
+
+def qk_norms(
+    weights: RankWeights, prefix: str, head_dim: int, eps: float, offset: float = 0.0
+) -> tuple[RMSNorm, RMSNorm]:
+    """Those of each head's query and key."""
+    return (
+        rms_norm(weights, f"{prefix}.q_norm", head_dim, eps, offset),
+        rms_norm(weights, f"{prefix}.k_norm", head_dim, eps, offset),
+    )
 
 
 class LayerNorm:
     """(x - mean) / deviation, then scaled and shifted where it has weights."""
 
-    def __init__(self, weights: RankWeights, name: str, size: int, has_weights: bool, eps: float = 1e-5) -> None:
+    def __init__(self, weights: RankWeights, name: str, size: int, eps: float = 1e-5, has_weights: bool = True) -> None:
         self._shape = (size,)
         self._weight = weights.whole(f"{name}.weight", (size,)) if has_weights else None
         self._bias = weights.whole(f"{name}.bias", (size,)) if has_weights else None
@@ -116,88 +124,46 @@ class Vocabulary:
         return None if logits is None else logits[:, : self._vocab_size]
 
 
-class Attention:
-    """Self-attention over the paged region: projections, rotation where the model has it, softmax, projection."""
+def gated_linear(
+    weights: RankWeights,
+    names: tuple[str, str],
+    out_features: int,
+    in_features: int,
+    activation: Activation,
+    has_bias: bool,
+    norm: RMSNorm | None = None,
+) -> Linear:
+    """activation(gate(norm(x))) * up(norm(x)), of the projections `names`: gate, up. Split by output features."""
+    weight, bias = _column_parallel(weights, names, out_features, in_features, has_bias)
+    return weights.kernels.gated_linear(weight, bias, activation, norm)
 
-    def __init__(
-        self,
-        weights: RankWeights,
-        prefix: str,
-        *,
-        hidden_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        has_qkv_bias: bool,
-        has_output_bias: bool,
-        output_name: str = "o_proj",
-        norm: RMSNorm | None = None,
-        qk_norm_eps: float | None = None,
-        window: int | None = None,
-    ) -> None:
-        """`norm`: of the inputs. `qk_norm_eps`: queries and keys of each head are RMS-normalised, unless None."""
-        world_size = weights.parallel.world_size
-        kv_parts = min(num_kv_heads, world_size)
-        shapes = {
-            "q_proj": (num_heads * head_dim, world_size),
-            "k_proj": (num_kv_heads * head_dim, kv_parts),
-            "v_proj": (num_kv_heads * head_dim, kv_parts),
-        }
-        weight = [
-            weights.rows(f"{prefix}.{name}.weight", (rows, hidden_size), parts)
-            for name, (rows, parts) in shapes.items()
-        ]
-        bias = None
-        if has_qkv_bias:
-            bias = torch.cat(
-                [weights.rows(f"{prefix}.{name}.bias", (rows,), parts) for name, (rows, parts) in shapes.items()]
-            )
-        has_qk_norm = qk_norm_eps is not None
-        self._layer = AttentionLayer(
-            num_heads=num_heads // world_size,
-            num_kv_heads=num_kv_heads // kv_parts,
-            head_dim=head_dim,
-            scale=head_dim**-0.5,
-            window=window,
-            q_norm=weights.whole(f"{prefix}.q_norm.weight", (head_dim,)) if has_qk_norm else None,
-            k_norm=weights.whole(f"{prefix}.k_norm.weight", (head_dim,)) if has_qk_norm else None,
-            norm_eps=qk_norm_eps or 0.0,
-        )
-        self._qkv = weights.kernels.linear(torch.cat(weight), bias, norm)
-        self._output = row_parallel(
-            weights, f"{prefix}.{output_name}", hidden_size, num_heads * head_dim, has_output_bias
-        )
 
-    def __call__(
-        self, x: Tensor, residual: Tensor, angles: Angles | None, kv: LayerKV, attention: PagedAttention
-    ) -> Tensor:
-        """Returns the sum of what was attended to and `residual`.
-
-        Args:
-            angles: `Rotary.angles` of the tokens' positions, None for a model without rotation.
-        """
-        return self._output(attention.attend(self._layer, self._qkv(x), angles, *kv), residual)
+def fused_gated_linear(
+    weights: RankWeights,
+    name: str,
+    out_features: int,
+    in_features: int,
+    activation: Activation,
+    has_bias: bool,
+    norm: RMSNorm | None = None,
+) -> Linear:
+    """The same of one projection, whose weight holds the rows of gate, then those of up."""
+    rank, world_size = weights.parallel.rank, weights.parallel.world_size
+    size, chosen = out_features // world_size, (rank, world_size + rank)
+    weight = weights.blocks(f"{name}.weight", (2 * out_features, in_features), size, chosen)
+    bias = weights.blocks(f"{name}.bias", (2 * out_features,), size, chosen) if has_bias else None
+    return weights.kernels.gated_linear(weight, bias, activation, norm)
 
 
 class GatedMLP:
-    """down(activation(gate(norm(x))) * up(norm(x))) + residual."""
+    """down(gated(x)) + residual."""
 
-    def __init__(
-        self,
-        weights: RankWeights,
-        prefix: str,
-        hidden_size: int,
-        inner_size: int,
-        activation: Activation,
-        has_bias: bool,
-        norm: RMSNorm | None = None,
-    ) -> None:
-        names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
-        weight, bias = _column_parallel(weights, names, inner_size, hidden_size, has_bias)
-        self._gated = weights.kernels.gated_linear(weight, bias, activation, norm)
-        self._down = row_parallel(weights, f"{prefix}.down_proj", hidden_size, inner_size, has_bias)
+    def __init__(self, gated: Linear, down: Linear) -> None:
+        """`gated` takes no residual."""
+        self._gated = gated
+        self._down = down
 
-    def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self._down(self._gated(x), residual)
 
 
@@ -221,6 +187,18 @@ class MLP:
         return self._out(self._activation(self._in(x)), residual)
 
 
+def check_inner_size(parallel: ParallelGroup, inner_size: int) -> None:
+    """Refuse an MLP that cannot be split evenly over the ranks.
+
+    Raises:
+        UnsupportedModelError
+    """
+    if inner_size % parallel.world_size:
+        raise UnsupportedModelError(
+            f"{inner_size} features of the MLP cannot be split over {parallel.world_size} ranks"
+        )
+
+
 def check_divisible(parallel: ParallelGroup, num_heads: int, num_kv_heads: int, inner_size: int) -> None:
     """Refuse a model that cannot be split evenly over the ranks.
 
@@ -233,8 +211,8 @@ def check_divisible(parallel: ParallelGroup, num_heads: int, num_kv_heads: int, 
     world_size = parallel.world_size
     if num_heads % num_kv_heads:
         raise UnsupportedModelError(f"{num_heads} attention heads do not share {num_kv_heads} key-value heads evenly")
-    for count, name in ((num_heads, "attention heads"), (inner_size, "features of the MLP")):
-        if count % world_size:
-            raise UnsupportedModelError(f"{count} {name} cannot be split over {world_size} ranks")
+    if num_heads % world_size:
+        raise UnsupportedModelError(f"{num_heads} attention heads cannot be split over {world_size} ranks")
+    check_inner_size(parallel, inner_size)
     if num_kv_heads % world_size and world_size % num_kv_heads:
         raise UnsupportedModelError(f"{num_kv_heads} key-value heads cannot be split over {world_size} ranks")

@@ -1,4 +1,4 @@
-"""The Llama decoder, which Mistral, Qwen2 and Qwen3 share but for biases, windows and normalised heads."""
+"""The Llama decoder. Mistral, Qwen, Phi-3 and Mixtral add biases, windows, normalised heads, fused weights, experts."""
 
 from __future__ import annotations
 
@@ -7,18 +7,24 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from bros_kernels.linear import Activation
-from bros_kernels.paged_attention import Angles, PagedAttention
+from bros_kernels.linear import Activation, RMSNorm
+from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_shard.model_config import ConfigFields
+from bros_shard.models.attention import Attention, QKVLayout, fused_qkv, separate_qkv
+from bros_shard.models.experts import Experts, ExpertsConfig
+from bros_shard.models.heads import Heads
 from bros_shard.models.layers import (
-    Attention,
     GatedMLP,
     Vocabulary,
     check_divisible,
+    fused_gated_linear,
+    gated_linear,
+    qk_norms,
     read_activation,
     rms_norm,
+    row_parallel,
 )
-from bros_shard.models.model import KVShape, LayerKV, ModelLimits
+from bros_shard.models.model import LayerKV, ModelLimits
 from bros_shard.models.rotary import RopeFrequencies, Rotary, read_rope
 from bros_shard.weights import RankWeights
 
@@ -43,14 +49,19 @@ class LlamaConfig:
     has_output_bias: bool = False
     has_mlp_bias: bool = False
     has_qk_norm: bool = False
+    is_fused: bool = False  # one tensor each for queries, keys and values, and for gate and up
     windows: tuple[int | None, ...] = ()  # of each layer; empty: no layer has one
+    experts: tuple[ExpertsConfig | None, ...] = ()  # of each layer, None where it has an MLP; empty: no layer has any
 
 
-def read_dimensions(config: ConfigFields, limits: ModelLimits, num_kv_heads: int | None = None) -> LlamaConfig:
+def read_dimensions(
+    config: ConfigFields, limits: ModelLimits, num_kv_heads: int | None = None, is_rotation_partial: bool = False
+) -> LlamaConfig:
     """What all families of this kind write alike.
 
     Args:
         num_kv_heads: the family's own default; None: as many as attention heads.
+        is_rotation_partial: the family may rotate a part of each head.
     """
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
@@ -68,7 +79,7 @@ def read_dimensions(config: ConfigFields, limits: ModelLimits, num_kv_heads: int
         head_dim=head_dim,
         norm_eps=config.number("rms_norm_eps", 1e-6),
         activation=read_activation(config, "hidden_act", "silu"),
-        rope=read_rope(config, head_dim, max_length, limits.rope_override),
+        rope=read_rope(config, head_dim, max_length, limits.rope_override, is_partial=is_rotation_partial),
         is_head_tied=config.boolean("tie_word_embeddings", False),
         max_length=max_length,
     )
@@ -92,8 +103,8 @@ class Llama:
         check_divisible(weights.parallel, config.num_heads, config.num_kv_heads, config.inner_size)
         self.vocab_size = config.vocab_size
         self.max_length = config.max_length
-        num_local_kv_heads = max(1, config.num_kv_heads // weights.parallel.world_size)
-        self.kv_shape = KVShape(config.num_layers, num_local_kv_heads, config.head_dim)
+        heads = Heads(weights.parallel, config.num_heads, config.num_kv_heads, config.head_dim)
+        self.kv_shape = heads.kv_shape(config.num_layers)
         self._vocabulary = Vocabulary(
             weights,
             "model.embed_tokens",
@@ -102,7 +113,7 @@ class Llama:
             config.hidden_size,
         )
         self._rotary = Rotary(config.rope, weights.device, weights.dtype)
-        self._layers = [LlamaLayer(config, weights, index) for index in range(config.num_layers)]
+        self._layers = [LlamaLayer(config, heads, weights, index) for index in range(config.num_layers)]
         self._norm = rms_norm(weights, "model.norm", config.hidden_size, config.norm_eps)
         self._kernels = weights.kernels
 
@@ -120,33 +131,51 @@ class Llama:
 
 
 class LlamaLayer:
-    """Attention and a gated MLP, each normalised before and added to what came in."""
+    """Attention and a gated MLP, or experts, each normalised before and added to what came in."""
 
-    def __init__(self, config: LlamaConfig, weights: RankWeights, index: int) -> None:
+    def __init__(self, config: LlamaConfig, heads: Heads, weights: RankWeights, index: int) -> None:
         prefix = f"model.layers.{index}"
-        self._attention = Attention(
-            weights,
-            f"{prefix}.self_attn",
-            hidden_size=config.hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_kv_heads,
-            head_dim=config.head_dim,
-            has_qkv_bias=config.has_qkv_bias,
-            has_output_bias=config.has_output_bias,
-            norm=rms_norm(weights, f"{prefix}.input_layernorm", config.hidden_size, config.norm_eps),
-            qk_norm_eps=config.norm_eps if config.has_qk_norm else None,
+        name, hidden_size, eps = f"{prefix}.self_attn", config.hidden_size, config.norm_eps
+        layer = heads.attention_layer(
             window=config.windows[index] if config.windows else None,
+            qk_norms=qk_norms(weights, name, heads.head_dim, eps) if config.has_qk_norm else None,
         )
-        self._mlp = GatedMLP(
-            weights,
-            f"{prefix}.mlp",
-            config.hidden_size,
-            config.inner_size,
-            config.activation,
-            config.has_mlp_bias,
-            norm=rms_norm(weights, f"{prefix}.post_attention_layernorm", config.hidden_size, config.norm_eps),
-        )
+        attention_norm = rms_norm(weights, f"{prefix}.input_layernorm", hidden_size, eps)
+        self._attention = llama_attention(config, heads, weights, name, layer, attention_norm)
+        mlp_norm = rms_norm(weights, f"{prefix}.post_attention_layernorm", hidden_size, eps)
+        experts = config.experts[index] if config.experts else None
+        self._mlp: GatedMLP | Experts
+        if experts is None:
+            self._mlp = llama_mlp(config, weights, f"{prefix}.mlp", mlp_norm)
+        else:
+            self._mlp = Experts(experts, weights, prefix, hidden_size, config.activation, mlp_norm)
 
     def __call__(self, hidden: Tensor, angles: Angles, kv: LayerKV, attention: PagedAttention) -> Tensor:
         hidden = self._attention(hidden, hidden, angles, kv, attention)
         return self._mlp(hidden, hidden)
+
+
+def llama_attention(
+    config: LlamaConfig, heads: Heads, weights: RankWeights, name: str, layer: AttentionLayer, norm: RMSNorm
+) -> Attention:
+    """The attention whose tensors' names begin with `name`. `norm`: of its inputs."""
+    hidden_size, has_bias = config.hidden_size, config.has_qkv_bias
+    if config.is_fused:
+        qkv = fused_qkv(weights, f"{name}.qkv_proj", heads, hidden_size, QKVLayout.BY_ROLE, has_bias, norm)
+    else:
+        qkv = separate_qkv(weights, name, heads, hidden_size, has_bias, norm)
+    output_size = heads.num_heads * heads.head_dim
+    return Attention(
+        layer, qkv, row_parallel(weights, f"{name}.o_proj", hidden_size, output_size, config.has_output_bias)
+    )
+
+
+def llama_mlp(config: LlamaConfig, weights: RankWeights, name: str, norm: RMSNorm) -> GatedMLP:
+    """The gated MLP whose tensors' names begin with `name`. `norm`: of its inputs."""
+    shape, has_bias = (config.inner_size, config.hidden_size), config.has_mlp_bias
+    if config.is_fused:
+        gated = fused_gated_linear(weights, f"{name}.gate_up_proj", *shape, config.activation, has_bias, norm)
+    else:
+        names = f"{name}.gate_proj", f"{name}.up_proj"
+        gated = gated_linear(weights, names, *shape, config.activation, has_bias, norm)
+    return GatedMLP(gated, row_parallel(weights, f"{name}.down_proj", config.hidden_size, config.inner_size, has_bias))

@@ -6,20 +6,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
-from torch.nn import functional as F
 
 from bros_kernels.linear import Activation, Linear
 from bros_kernels.paged_attention import PagedAttention
-from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.model_config import ConfigFields
+from bros_shard.models.attention import Attention, separate_qkv
+from bros_shard.models.heads import Heads
 from bros_shard.models.layers import (
     MLP,
-    Attention,
     LayerNorm,
     Vocabulary,
     check_divisible,
     read_activation,
+    row_parallel,
 )
-from bros_shard.models.model import KVShape, LayerKV, ModelLimits
+from bros_shard.models.model import LayerKV, ModelLimits
+from bros_shard.models.positions import LearnedPositions, read_num_positions
 from bros_shard.weights import RankWeights
 
 #: The table of learned positions begins with rows that no position uses.
@@ -48,12 +50,7 @@ class OPTConfig:
 
 def read_opt(config: ConfigFields, limits: ModelLimits) -> OPTConfig:
     """`OPTForCausalLM`. Positions are learned, so neither rotary scaling nor a longer sequence is possible."""
-    if limits.rope_override is not None:
-        raise UnsupportedModelError("rope_scaling: the model has no rotary embedding")
-    num_positions = config.integer("max_position_embeddings")
-    max_length = limits.max_length or num_positions
-    if max_length > num_positions:
-        raise config.refusal("max_position_embeddings", f"sequences of {max_length} tokens were asked for")
+    num_positions = read_num_positions(config, "max_position_embeddings", limits)
     hidden_size = config.integer("hidden_size")
     num_heads = config.integer("num_attention_heads")
     if hidden_size % num_heads:
@@ -67,7 +64,7 @@ def read_opt(config: ConfigFields, limits: ModelLimits) -> OPTConfig:
         num_layers=config.integer("num_hidden_layers"),
         num_heads=num_heads,
         num_positions=num_positions,
-        max_length=max_length,
+        max_length=limits.max_length or num_positions,
         activation=read_activation(config, "activation_function", "relu"),
         has_bias=config.boolean("enable_bias", True),
         has_norm_weights=config.boolean("layer_norm_elementwise_affine", True),
@@ -87,8 +84,8 @@ class OPT:
         hidden_size, embedding_size = config.hidden_size, config.embedding_size
         self.vocab_size = config.vocab_size
         self.max_length = config.max_length
-        num_local_heads = config.num_heads // weights.parallel.world_size
-        self.kv_shape = KVShape(config.num_layers, num_local_heads, hidden_size // config.num_heads)
+        heads = Heads(weights.parallel, config.num_heads, config.num_heads, hidden_size // config.num_heads)
+        self.kv_shape = heads.kv_shape(config.num_layers)
         self._vocabulary = Vocabulary(
             weights,
             f"{decoder}.embed_tokens",
@@ -96,25 +93,30 @@ class OPT:
             config.vocab_size,
             embedding_size,
         )
-        positions_shape = (config.num_positions + _NUM_UNUSED_POSITIONS, hidden_size)
-        self._positions = weights.whole(f"{decoder}.embed_positions.weight", positions_shape)[_NUM_UNUSED_POSITIONS:]
+        self._positions = LearnedPositions(
+            weights, f"{decoder}.embed_positions", config.num_positions, hidden_size, _NUM_UNUSED_POSITIONS
+        )
         self._project_in: Linear | None = None
         self._project_out: Linear | None = None
         if embedding_size != hidden_size:
             into = weights.whole(f"{decoder}.project_in.weight", (hidden_size, embedding_size))
             out = weights.whole(f"{decoder}.project_out.weight", (embedding_size, hidden_size))
             self._project_in, self._project_out = weights.kernels.linear(into), weights.kernels.linear(out)
-        self._layers = [OPTLayer(config, weights, f"{decoder}.layers.{index}") for index in range(config.num_layers)]
+        self._layers = [
+            OPTLayer(config, heads, weights, f"{decoder}.layers.{index}") for index in range(config.num_layers)
+        ]
         self._final_norm: LayerNorm | None = None
         if config.has_final_norm:
-            self._final_norm = LayerNorm(weights, f"{decoder}.final_layer_norm", hidden_size, config.has_norm_weights)
+            self._final_norm = LayerNorm(
+                weights, f"{decoder}.final_layer_norm", hidden_size, has_weights=config.has_norm_weights
+            )
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: Iterable[LayerKV], attention: PagedAttention) -> Tensor:
         """See `CausalLM.forward`."""
         hidden = self._vocabulary.embed(input_ids)
         if self._project_in is not None:
             hidden = self._project_in(hidden)
-        hidden = hidden + F.embedding(positions, self._positions)
+        hidden = hidden + self._positions(positions)
         for layer, layer_kv in zip(self._layers, kv, strict=True):
             hidden = layer(hidden, layer_kv, attention)
         return hidden
@@ -131,24 +133,20 @@ class OPT:
 class OPTLayer:
     """Attention and an MLP, each added to what came in, normalised before it or (350m) after the sum."""
 
-    def __init__(self, config: OPTConfig, weights: RankWeights, prefix: str) -> None:
+    def __init__(self, config: OPTConfig, heads: Heads, weights: RankWeights, prefix: str) -> None:
         hidden_size = config.hidden_size
         self._is_norm_first = config.is_norm_first
         self._attention_norm = LayerNorm(
-            weights, f"{prefix}.self_attn_layer_norm", hidden_size, config.has_norm_weights
+            weights, f"{prefix}.self_attn_layer_norm", hidden_size, has_weights=config.has_norm_weights
         )
         self._attention = Attention(
-            weights,
-            f"{prefix}.self_attn",
-            hidden_size=hidden_size,
-            num_heads=config.num_heads,
-            num_kv_heads=config.num_heads,
-            head_dim=hidden_size // config.num_heads,
-            has_qkv_bias=config.has_bias,
-            has_output_bias=config.has_bias,
-            output_name="out_proj",
+            heads.attention_layer(),
+            separate_qkv(weights, f"{prefix}.self_attn", heads, hidden_size, config.has_bias),
+            row_parallel(weights, f"{prefix}.self_attn.out_proj", hidden_size, hidden_size, config.has_bias),
         )
-        self._mlp_norm = LayerNorm(weights, f"{prefix}.final_layer_norm", hidden_size, config.has_norm_weights)
+        self._mlp_norm = LayerNorm(
+            weights, f"{prefix}.final_layer_norm", hidden_size, has_weights=config.has_norm_weights
+        )
         self._mlp = MLP(
             weights,
             (f"{prefix}.fc1", f"{prefix}.fc2"),

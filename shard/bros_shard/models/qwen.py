@@ -7,6 +7,7 @@ from dataclasses import replace
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.llama import LlamaConfig, read_dimensions
 from bros_shard.models.model import ModelLimits
+from bros_shard.models.windows import FULL, SLIDING, read_layer_types, windows_of
 
 
 def read_qwen2(config: ConfigFields, limits: ModelLimits) -> LlamaConfig:
@@ -32,13 +33,7 @@ def read_qwen3(config: ConfigFields, limits: ModelLimits) -> LlamaConfig:
 
 def _windows(config: ConfigFields, num_layers: int) -> tuple[int | None, ...]:
     """The window of each layer, from `layer_types` where the config has them, else from `max_window_layers`."""
-    window: int | None = None
-    if config.boolean("use_sliding_window", False):
-        window = config.integer("sliding_window", 4096)
-    if config.is_null("layer_types"):
-        first_windowed = config.integer("max_window_layers", 28, minimum=0)
-        return tuple(window if index >= first_windowed else None for index in range(num_layers))
-    layer_types = config.items("layer_types")
-    if len(layer_types) != num_layers or set(layer_types) - {"full_attention", "sliding_attention"}:
-        raise config.refusal("layer_types", f"must say full_attention or sliding_attention for {num_layers} layers")
-    return tuple(window if layer_type == "sliding_attention" else None for layer_type in layer_types)
+    window = config.integer("sliding_window", 4096) if config.boolean("use_sliding_window", False) else None
+    first_sliding = config.integer("max_window_layers", 28, minimum=0)
+    layer_types = [SLIDING if index >= first_sliding else FULL for index in range(num_layers)]
+    return windows_of(read_layer_types(config, layer_types), window)

@@ -10,11 +10,20 @@ import torch
 
 from bros_kernels.kernels import Kernels
 from bros_shard.model_config import ConfigFields
+from bros_shard.models.falcon import Falcon, read_falcon
+from bros_shard.models.gemma import Gemma, read_gemma, read_gemma2, read_gemma3
+from bros_shard.models.gpt2 import GPT2, read_gpt2
+from bros_shard.models.gpt_bigcode import read_gpt_bigcode
+from bros_shard.models.gpt_neox import GPTNeoX, read_gpt_neox
 from bros_shard.models.llama import Llama, read_llama
 from bros_shard.models.mistral import read_mistral
+from bros_shard.models.mixtral import read_mixtral
 from bros_shard.models.model import CausalLM, ModelLimits
 from bros_shard.models.opt import OPT, read_opt
+from bros_shard.models.phi3 import read_phi3
 from bros_shard.models.qwen import read_qwen2, read_qwen3
+from bros_shard.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
+from bros_shard.models.starcoder2 import Starcoder2, read_starcoder2
 from bros_shard.parallel import ParallelGroup
 from bros_shard.weights import Checkpoint, OnProgress, RankWeights
 
@@ -22,15 +31,35 @@ from bros_shard.weights import Checkpoint, OnProgress, RankWeights
 _Family: TypeAlias = tuple[Callable[[ConfigFields, ModelLimits], Any], Callable[[Any, RankWeights], CausalLM]]
 
 _FAMILIES: Final[dict[str, _Family]] = {
+    "FalconForCausalLM": (read_falcon, Falcon),
+    "GemmaForCausalLM": (read_gemma, Gemma),
+    "Gemma2ForCausalLM": (read_gemma2, Gemma),
+    "Gemma3ForCausalLM": (read_gemma3, Gemma),
+    "GPT2LMHeadModel": (read_gpt2, GPT2),
+    "GPTBigCodeForCausalLM": (read_gpt_bigcode, GPT2),
+    "GPTNeoXForCausalLM": (read_gpt_neox, GPTNeoX),
     "LlamaForCausalLM": (read_llama, Llama),
     "MistralForCausalLM": (read_mistral, Llama),
+    "MixtralForCausalLM": (read_mixtral, Llama),
     "Qwen2ForCausalLM": (read_qwen2, Llama),
+    "Qwen2MoeForCausalLM": (read_qwen2_moe, Llama),
     "Qwen3ForCausalLM": (read_qwen3, Llama),
+    "Qwen3MoeForCausalLM": (read_qwen3_moe, Llama),
     "OPTForCausalLM": (read_opt, OPT),
+    "Phi3ForCausalLM": (read_phi3, Llama),
+    "Starcoder2ForCausalLM": (read_starcoder2, Starcoder2),
 }
 
-#: Tensors that some checkpoints carry and no model reads: a tied head's copy, frequencies that are computed.
-_IGNORED_TENSORS: Final = ("lm_head.weight", ".rotary_emb.inv_freq")
+#: Tensors that some checkpoints carry and no model reads: a tied head's copy, frequencies that are computed, masks.
+_IGNORED_TENSORS: Final = (
+    "lm_head.weight",
+    "embed_out.weight",
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
 
 DTYPES: Final = {
     "float32": torch.float32,

@@ -24,33 +24,41 @@ class RopeOverride:
 class RopeFrequencies:
     """What the positions are multiplied with."""
 
-    inverse: Tensor  # float32 (head_dim / 2), on the CPU: radians per position
+    inverse: Tensor  # float32 (rotary_dim / 2), on the CPU: radians per position
     attention_factor: float = 1.0  # multiplies cos and sin
 
 
 def read_rope(
-    config: ConfigFields, head_dim: int, max_length: int, override: RopeOverride | None = None
+    config: ConfigFields,
+    head_dim: int,
+    max_length: int,
+    override: RopeOverride | None = None,
+    *,
+    rope: ConfigFields | None = None,
+    is_partial: bool = False,
 ) -> RopeFrequencies:
     """The frequencies that a config.json asks for, in today's form (`rope_parameters`) or the older ones.
 
-    Frequencies that grow with the sequence (`dynamic`) cannot be exact where keys are cached after rotation.
-    They are exact while `max_length` does not exceed the model's own `max_position_embeddings`; beyond it all
-    positions use the frequencies of a sequence of `max_length` tokens.
+    Frequencies that depend on the length of the sequence (`dynamic`, `longrope`) cannot be exact where keys are cached
+    after rotation. They are exact while `max_length` does not exceed the length that the model was first made for
+    (`max_position_embeddings`; for longrope `original_max_position_embeddings`); beyond it all positions use the
+    frequencies of a sequence of `max_length` tokens.
 
     Args:
         max_length: the longest sequence that will be served.
+        rope: the object with the parameters, where the config has several.
+        is_partial: the family may rotate a part of each head (`partial_rotary_factor`).
 
     Raises:
         UnsupportedModelError: an unknown type, or a field that is missing or not honoured.
     """
-    rope = _rope_fields(config)
+    rope = rope_fields(config) if rope is None else rope
     if override is not None:
         rope = rope.updated({"rope_type": override.rope_type, "factor": override.factor})
-    if rope.number("partial_rotary_factor", 1.0) != 1.0:
-        raise rope.refusal("partial_rotary_factor", "only a rotation of the whole head is supported")
+    rotary_dim = _rotary_dim(rope, head_dim, is_partial)
     theta = rope.number("rope_theta", 10_000.0)
     rope_type = rope.text("rope_type", "default")
-    inverse = _inverse_frequencies(theta, head_dim)
+    inverse = _inverse_frequencies(theta, rotary_dim)
     if rope_type == "default":
         return RopeFrequencies(inverse)
     if rope_type == "linear":
@@ -59,7 +67,7 @@ def read_rope(
     if rope_type == "dynamic":
         factor = rope.number("factor")
         growth = factor * max(max_length, original_length) / original_length - (factor - 1)
-        return RopeFrequencies(_inverse_frequencies(theta * growth ** (head_dim / (head_dim - 2)), head_dim))
+        return RopeFrequencies(_inverse_frequencies(theta * growth ** (rotary_dim / (rotary_dim - 2)), rotary_dim))
     # As transformers does, a field beside the rope object takes precedence over one inside it.
     pretrained_length = config.integer(
         "original_max_position_embeddings", rope.integer("original_max_position_embeddings", original_length)
@@ -67,11 +75,13 @@ def read_rope(
     if rope_type == "llama3":
         return RopeFrequencies(_llama3(rope, inverse, pretrained_length))
     if rope_type == "yarn":
-        return _yarn(rope, theta, head_dim, pretrained_length, original_length)
+        return _yarn(rope, theta, rotary_dim, pretrained_length, original_length)
+    if rope_type in ("longrope", "su"):
+        return _longrope(rope, inverse, max_length, pretrained_length, original_length)
     raise rope.refusal("rope_type", "this scaling of the rotary embedding is not supported")
 
 
-def _rope_fields(config: ConfigFields) -> ConfigFields:
+def rope_fields(config: ConfigFields) -> ConfigFields:
     """One object with what transformers 5 writes into `rope_parameters` and older releases beside `rope_scaling`."""
     rope = config.object("rope_parameters" if not config.is_null("rope_parameters") else "rope_scaling")
     moved: dict[str, float | str] = {
@@ -84,8 +94,21 @@ def _rope_fields(config: ConfigFields) -> ConfigFields:
     return rope.updated(moved)
 
 
-def _inverse_frequencies(theta: float, head_dim: int) -> Tensor:
-    return 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+def _rotary_dim(rope: ConfigFields, head_dim: int, is_partial: bool) -> int:
+    """How many numbers of a head are rotated."""
+    factor = rope.number("partial_rotary_factor", 1.0)
+    if factor == 1.0:
+        return head_dim
+    if not is_partial:
+        raise rope.refusal("partial_rotary_factor", "only a rotation of the whole head is supported")
+    rotary_dim = int(head_dim * factor)
+    if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
+        raise rope.refusal("partial_rotary_factor", f"must be an even number of the {head_dim} numbers of a head")
+    return rotary_dim
+
+
+def _inverse_frequencies(theta: float, rotary_dim: int) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
 
 
 def _llama3(rope: ConfigFields, inverse: Tensor, pretrained_length: int) -> Tensor:
@@ -100,22 +123,22 @@ def _llama3(rope: ConfigFields, inverse: Tensor, pretrained_length: int) -> Tens
 
 
 def _yarn(
-    rope: ConfigFields, theta: float, head_dim: int, pretrained_length: int, max_positions: int
+    rope: ConfigFields, theta: float, rotary_dim: int, pretrained_length: int, max_positions: int
 ) -> RopeFrequencies:
     """YaRN (arXiv 2309.00071): interpolate dimensions by how often they turn within the pretrained length."""
     factor = rope.number("factor", max_positions / pretrained_length)
 
     def dimension_turning(num_rotations: float) -> float:
-        return head_dim * math.log(pretrained_length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return rotary_dim * math.log(pretrained_length / (num_rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low = dimension_turning(rope.number("beta_fast", 32.0))
     high = dimension_turning(rope.number("beta_slow", 1.0))
     if rope.boolean("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
     high = high if high != low else high + 0.001  # a ramp needs a width; the same one as transformers'
-    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
-    inverse = _inverse_frequencies(theta, head_dim)
+    ramp = ((torch.arange(rotary_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    inverse = _inverse_frequencies(theta, rotary_dim)
     return RopeFrequencies(inverse / factor * ramp + inverse * (1 - ramp), _yarn_attention_factor(rope, factor))
 
 
@@ -129,6 +152,19 @@ def _yarn_attention_factor(rope: ConfigFields, factor: float) -> float:
     if rope.is_null("mscale") or rope.is_null("mscale_all_dim"):
         return magnitude(1.0)
     return magnitude(rope.number("mscale")) / magnitude(rope.number("mscale_all_dim"))
+
+
+def _longrope(
+    rope: ConfigFields, inverse: Tensor, max_length: int, pretrained_length: int, max_positions: int
+) -> RopeFrequencies:
+    """LongRoPE (arXiv 2402.13753): a factor for each frequency, others beyond the pretrained length than up to it."""
+    name = "long_factor" if max_length > pretrained_length else "short_factor"
+    factors = rope.items(name)
+    if len(factors) != len(inverse) or not all(isinstance(each, (int, float)) and each > 0 for each in factors):
+        raise rope.refusal(name, f"must be {len(inverse)} positive numbers")
+    growth = rope.number("factor", max_positions / pretrained_length)
+    attention_factor = math.sqrt(1 + math.log(growth) / math.log(pretrained_length)) if growth > 1 else 1.0
+    return RopeFrequencies(inverse / torch.tensor(factors), rope.number("attention_factor", attention_factor))
 
 
 class Rotary:
