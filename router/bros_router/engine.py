@@ -201,6 +201,7 @@ class StepEngine:
             targets=terms.targets,
             is_late=terms.is_degraded,
             block_hashes=block_hashes,
+            num_cached_tokens=num_cached_tokens,
         )
         self._next_sequence_id += 1
         reply = Reply(self, request, terms, sequence, self._model.tokenizer)

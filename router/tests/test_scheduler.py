@@ -256,6 +256,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             family=family,
         )
         sequence.block_hashes = self.scheduler.block_hashes(sequence.prompt_token_ids)
+        sequence.num_cached_tokens = self.kv.num_cached_tokens(sequence.block_hashes or ())
         self.num_sequences += 1
         self.alive[sequence.sequence_id] = sequence
         self.scheduler.add(sequence)

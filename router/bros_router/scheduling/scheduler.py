@@ -147,7 +147,6 @@ class Scheduler:
         assert sequence.state is SequenceState.WAITING and sequence.num_computed_tokens == 0
         assert sequence.max_total_tokens <= self._kv.num_blocks * self._kv.block_size
         self._num_alive[sequence.request_class] += 1
-        sequence.num_cached_tokens = self._kv.num_cached_tokens(sequence.block_hashes or ())
         self._policy.add(sequence)
 
     def finish(self, sequence: Sequence, *, is_complete: bool = False, is_sound: bool = True) -> None:
