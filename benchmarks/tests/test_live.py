@@ -37,7 +37,7 @@ class ScriptedRunner:
 @pytest.fixture
 def searched():
     runner = ScriptedRunner({"fcfs": 0.0, "static": 0.3, "bros": 0.9, "RT alone": 1.4})
-    plan = Plan(("fcfs", "static", "bros"), SEEDS, None, has_burst=False)
+    plan = Plan(("fcfs", "static", "bros"), SEEDS, ("search",), rate=None)
     searches, results = Evaluation(runner, Progress(disable=True), plan, capacity=1.0).search()
     return runner, searches, results
 

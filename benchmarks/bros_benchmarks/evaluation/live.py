@@ -26,7 +26,7 @@ from bros_benchmarks.evaluation import targets
 from bros_benchmarks.evaluation.bound import Ceiling, charge
 from bros_benchmarks.evaluation.figures import draw_all
 from bros_benchmarks.evaluation.goodput import LEVEL, GoodputSearch
-from bros_benchmarks.evaluation.live_runner import Contender, LiveRunner, LiveSetup
+from bros_benchmarks.evaluation.live_runner import DURATION_S, WARM_UP_S, Contender, LiveRunner, LiveSetup
 from bros_benchmarks.evaluation.recorder import describe_machine, read_json, write_json
 from bros_benchmarks.evaluation.result import Result, by_label, estimate
 from bros_benchmarks.evaluation.tables import best_effort_table, gate_table, policy_table
@@ -55,6 +55,8 @@ _LOWEST, _HIGHEST = 0.1, 4.0
 #: A burst is ten times the rate for twenty seconds; before and after it, this share of what `bros` sustains.
 _BURST_BASE_SHARE: Final = 0.25
 _BURST_START_S: Final = 35.0
+#: What an evaluation does, in this order.
+_PARTS: Final = ("tune", "search", "compare", "burst")
 #: `bros` as it is, and with an adaptive batch cap.
 _BURST_FLAGS: Final = {"bros": (), "bros, cap aimd": ("--batch-size-control", "aimd")}
 
@@ -65,9 +67,10 @@ class Plan:
 
     policies: tuple[str, ...]
     seeds: tuple[int, ...]
-    #: Skips tuning and searches, and runs everything at this rate; `None`: the rate is searched for.
+    #: Of `_PARTS`.
+    parts: tuple[str, ...]
+    #: Of the comparison, and four times that of the burst's base; `None`: the goodput of `bros`, by search.
     rate: float | None
-    has_burst: bool
 
 
 class Evaluation:
@@ -263,15 +266,20 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="one short run each of fcfs, bros and RT alone")
     parser.add_argument("--policies", nargs="+", default=[*_BASELINES, *_OURS])
     parser.add_argument("--seeds", nargs="+", type=int, default=_SEEDS)
-    parser.add_argument("--rate", type=float, help="compare at this rate; no tuning and no searches")
-    parser.add_argument("--no-burst", action="store_true")
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS)
+    parser.add_argument("--rate", type=float, help="compare at this rate instead of the goodput that `bros` has")
+    parser.add_argument("--warm-up", type=float, default=WARM_UP_S, help="seconds, of the comparison")
+    parser.add_argument("--duration", type=float, default=DURATION_S, help="seconds, of the comparison")
     parser.add_argument("--slo-scale", type=float, default=_SLO_SCALE)
     parser.add_argument("--num-be", type=int, default=64)
     parser.add_argument("--kv-share", type=float, default=0.4)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     default_folder = Path("benchmarks/results/live") / time.strftime("%Y%m%d-%H%M%S")
     parser.add_argument("--folder", type=Path, default=default_folder, help="one that exists is gone on with")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.rate is None and not options.quick and "search" not in options.parts:
+        parser.error("without a search, --rate must say at which rate")
+    return options
 
 
 def main() -> None:
@@ -289,12 +297,14 @@ def main() -> None:
         targets=ScaledTargets(latency, options.slo_scale),
         num_be=options.num_be,
         kv_share=options.kv_share,
+        warm_up_s=options.warm_up,
+        duration_s=options.duration,
     )
     capacity = estimated_capacity(latency, setup.rt_lengths)
-    plan = Plan(tuple(options.policies), tuple(options.seeds), options.rate, not options.no_burst)
+    plan = Plan(tuple(options.policies), tuple(options.seeds), tuple(options.parts), options.rate)
     if options.quick:
         setup = replace(setup, warm_up_s=5.0, duration_s=20.0)
-        plan = Plan(("fcfs", "bros"), plan.seeds[:1], plan.rate or 0.4 * capacity, False)
+        plan = Plan(("fcfs", "bros"), plan.seeds[:1], ("compare",), plan.rate or 0.4 * capacity)
     console.print(
         f"targets at scale {options.slo_scale:g}: TTFT {options.slo_scale * latency.ttft_fixed_s:.3f} s"
         f" + {1000 * options.slo_scale * latency.ttft_token_s:.2f} ms a prompt token,"
@@ -311,20 +321,21 @@ def main() -> None:
 def evaluate(evaluation: Evaluation, plan: Plan, console: Console) -> None:
     """All parts, each printed when it is done."""
     goodputs: dict[str, float] = {}
-    rate = plan.rate
-    if rate is None:
-        console.print(policy_table("baselines, by token budget", evaluation.tune()))
+    if "tune" in plan.parts:
+        console.print(policy_table("baselines, by setting", evaluation.tune()))
+    if "search" in plan.parts:
         searches, results = evaluation.search()
         console.print(policy_table("goodput search", results))
         for name, search in searches.items():
             goodputs[name] = search.goodput(LEVEL)
             console.print(f"{name}: goodput {goodputs[name]:.2f}/s at 99 %")
-        rate = goodputs.get("bros") or 0.5 * max(goodputs.values())
-    results = evaluation.compare(rate)
-    console.print(policy_table(f"all policies at {rate:.2f} RT/s", results))
-    console.print(best_effort_table("best-effort throughput", results))
-    console.print(gate_table("gates", gates(results, goodputs)))
-    if plan.has_burst:
+    rate = plan.rate or goodputs.get("bros") or 0.5 * max(goodputs.values())
+    if "compare" in plan.parts:
+        results = evaluation.compare(rate)
+        console.print(policy_table(f"all policies at {rate:.2f} RT/s", results))
+        console.print(best_effort_table("best-effort throughput", results))
+        console.print(gate_table("gates", gates(results, goodputs)))
+    if "burst" in plan.parts:
         console.print(policy_table("burst: 10 x the rate for 20 s", evaluation.burst(_BURST_BASE_SHARE * rate)))
 
 

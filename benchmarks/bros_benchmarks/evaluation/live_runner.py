@@ -29,6 +29,10 @@ from bros_router.simulation.workload import (
     make_workload,
 )
 
+#: Until the state is steady: under `fcfs` a request waits for some two minutes behind those in the system, and until
+#: then real-time ones cost it nothing.
+WARM_UP_S: Final = 150.0
+DURATION_S: Final = 120.0
 #: Who holds the KV region is asked so often: `/metrics` costs the server milliseconds.
 _SAMPLING_S: Final = 5.0
 #: How many of its requests a server relegated, in `/metrics`.
@@ -64,10 +68,8 @@ class LiveSetup:
     #: KV region as a share of what these need when all run at once.
     kv_share: float = 0.4
     block_size: int = 16
-    #: Until the state is steady: under `fcfs` a request waits for some two minutes behind those in the system, and
-    #: until then real-time ones cost it nothing.
-    warm_up_s: float = 150.0
-    duration_s: float = 120.0
+    warm_up_s: float = WARM_UP_S
+    duration_s: float = DURATION_S
     #: Longest time after the window to wait for its real-time requests; `None`: as long as a reply may take that
     #: keeps its targets, for otherwise it would count as unfinished.
     drain_s: float | None = None
