@@ -189,7 +189,7 @@ class StepEngine:
         now_s = time.monotonic()
         block_hashes = self._scheduler.block_hashes(request.prompt_token_ids)
         num_cached_tokens = self._kv.num_cached_tokens(block_hashes or ())
-        terms = self._admission.judge(request, now_s, num_cached_tokens)
+        terms = self._admission.judge(request, now_s, self._scheduler.num_held_tokens(), num_cached_tokens)
         sequence = Sequence(
             sequence_id=self._next_sequence_id,
             request_class=terms.request_class,
@@ -353,7 +353,7 @@ class StepEngine:
             self._metrics.step_failed(step.method)
             raise
         now_s = time.monotonic()
-        self._admission.step_ended(step.plan, step.planned.rt_decode_s, now_s)
+        self._admission.step_ended(step.plan, step.planned.rt_decode_share, now_s)
         for outcome in self._scheduler.commit(result, now_s):
             self._stream(outcome, now_s)
         self._metrics.step_finished(
@@ -386,6 +386,7 @@ class StepEngine:
     def _finish(self, reply: Reply, reason: FinishReason, now_s: float) -> Finish:
         sequence = reply.sequence
         self._end(reply, is_complete=True)
+        self._admission.finished(sequence.request_class, len(sequence.output_token_ids))
         self._judge_targets(sequence, is_complete=True)
         assert sequence.first_scheduled_s is not None
         return Finish(
