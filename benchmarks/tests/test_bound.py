@@ -5,15 +5,9 @@ from dataclasses import astuple
 
 import pytest
 
-from bros_benchmarks.evaluation.bound import (
-    Ceiling,
-    Slopes,
-    Work,
-    done_work,
-    mixed_step,
-    offered_work,
-    slopes_at,
-)
+from bros_benchmarks.evaluation.bound import Ceiling, Slopes, mixed_step, slopes_at
+from bros_benchmarks.evaluation.region_bound import RegionBound
+from bros_benchmarks.evaluation.work import Work, done_work, offered_work
 from bros_router.request import RequestClass
 from bros_router.simulation.hardware import HARDWARE
 from bros_router.simulation.record import Ending, RequestRecord
@@ -52,6 +46,33 @@ def test_a_rejected_request_is_missing_in_full() -> None:
     rejected = RequestRecord(TraceRequest(1.0, RequestClass.RT, 100, 4), 1.0, Ending.REJECTED)
     missing = offered_work([rejected], 0.0, 10.0) - done_work([rejected], 0.0, 10.0)
     assert astuple(missing) == pytest.approx((10.0, 500.0, 0.3, 30.6))
+
+
+OPT = HARDWARE["opt-13b"]
+
+
+def region_bound(**changes: float) -> RegionBound:
+    values = {"num_kv_tokens": OPT.num_kv_tokens, "longest_step_s": 0.2, **changes}
+    return RegionBound(OPT, be_lengths=(768.0, 80.0), **values)  # type: ignore[arg-type]
+
+
+def test_without_real_time_work_a_region_bounds_by_what_fits_in_it() -> None:
+    # One sequence at a time, 808 tokens on average: its prompt and 80 steps.
+    alone_s = OPT.seconds(StepShape().with_sequence(0, 768)) + 79 * OPT.seconds(StepShape().with_sequence(808, 1))
+    assert region_bound(num_kv_tokens=808).tokens_per_s(Work()) == pytest.approx(80 / alone_s, rel=0.25)
+    assert region_bound(num_kv_tokens=0).tokens_per_s(Work()) == 0.0
+    # In a region without end, the time that a token takes when what every step costs is shared by many.
+    large = region_bound(num_kv_tokens=10**7, longest_step_s=20.0).tokens_per_s(Work())
+    step = StepShape(9600, 1, 1000, 9600 * 384, 1000 * 808)
+    assert large == pytest.approx(1000 / OPT.seconds(step), rel=0.02)
+
+
+def test_real_time_work_takes_memory_the_more_the_longer_steps_are() -> None:
+    light, heavy = (Work(decodes=count, decode_context=350 * count) for count in (100.0, 2500.0))
+    alone, beside_light, beside_heavy = (region_bound().tokens_per_s(work) for work in (Work(), light, heavy))
+    assert alone > beside_light > beside_heavy > 0.0
+    assert region_bound(num_kv_tokens=10_000).tokens_per_s(heavy) < 0.5 * beside_heavy
+    assert region_bound(longest_step_s=0.012).tokens_per_s(heavy) <= beside_heavy
 
 
 def test_the_bound_is_what_real_time_work_leaves_and_the_charge_is_the_same_coin() -> None:

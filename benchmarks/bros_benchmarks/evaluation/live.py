@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import random
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -204,16 +203,9 @@ def _merit(run: Result) -> tuple[float, float, float]:
     return summary.joint_attainment or 0.0, -(latency_s or 1e9), summary.be_tokens_per_s
 
 
-def mean_lengths(lengths: Lengths) -> tuple[float, float]:
-    """Mean prompt and output tokens."""
-    generator = random.Random("mean lengths")
-    draws = [lengths.sample(generator) for _ in range(10_000)]
-    return fmean(prompt for prompt, _ in draws), fmean(output for _, output in draws)
-
-
 def estimated_capacity(latency: UnloadedLatency, lengths: Lengths) -> float:
     """Requests a second if the device did nothing but these, 32 at a time: where searches begin."""
-    num_prompt_tokens, num_output_tokens = mean_lengths(lengths)
+    num_prompt_tokens, num_output_tokens = lengths.means()
     return 1 / (latency.ttft_token_s * num_prompt_tokens + latency.decode_step_s / 32 * num_output_tokens)
 
 

@@ -13,11 +13,11 @@ from typing import Final
 
 from rich.progress import Progress
 
-from bros_benchmarks.evaluation.bound import work_fields
 from bros_benchmarks.evaluation.live_load import LiveLoad, LoadGenerator
 from bros_benchmarks.evaluation.recorder import describe_machine, write_json, write_records
 from bros_benchmarks.evaluation.result import Label, Result
 from bros_benchmarks.evaluation.targets import ScaledTargets
+from bros_benchmarks.evaluation.work import work_fields
 from bros_benchmarks.server_under_test import ServerUnderTest
 from bros_router.simulation.record import summarise
 from bros_router.simulation.workload import (

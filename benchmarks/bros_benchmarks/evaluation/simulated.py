@@ -176,6 +176,7 @@ def gates(
         ("RT normalised latency, below rr by", reduction("rr"), ">=", 0.55),
         ("BE tokens/s, bros / fcfs charged", ratio(mean("bros", "be_charged"), mean("fcfs", "be_charged")), ">=", 0.97),
         ("BE tokens/s, bros / bound", ratio(be_tokens_per_s, mean("bros", "be_bound")), ">=", 0.9),
+        ("BE tokens/s, bros / bound by memory too", ratio(be_tokens_per_s, mean("bros", "be_region_bound")), ">=", 0.9),
         ("R* / goodput of fcfs", lead(["fcfs"]), ">=", 3.0),
         ("R* / best other goodput", lead(others), ">=", 1.0),
         ("R* / best other goodput with half the BE tokens/s", lead(serving), ">=", 1.0),

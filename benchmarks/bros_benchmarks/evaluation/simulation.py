@@ -14,8 +14,8 @@ import bros_router.scheduling
 import bros_router.simulation
 import bros_shard.block_layout
 import bros_shard.protocol
-from bros_benchmarks.evaluation.bound import work_fields
 from bros_benchmarks.evaluation.result import Label, Result
+from bros_benchmarks.evaluation.work import work_fields
 from bros_router.simulation.hardware import HARDWARE, Noisy, scaled_targets
 from bros_router.simulation.simulator import Run, Setup, simulate
 from bros_router.simulation.workload import (
@@ -26,6 +26,7 @@ from bros_router.simulation.workload import (
     ClosedLoop,
     Lengths,
     Poisson,
+    Targets,
     fixed_targets,
     make_workload,
 )
@@ -66,17 +67,20 @@ class Simulation:
         """The same under Poisson arrivals at this rate."""
         return replace(self, arrivals=Poisson(rate))
 
+    def targets_by_length(self) -> Targets:
+        """(TTFT, TPOT) in seconds, for the number of prompt tokens."""
+        if isinstance(self.targets, tuple):
+            return fixed_targets(*self.targets)
+        return scaled_targets(HARDWARE[self.hardware], self.targets, _UNLOADED_CHUNK)
+
     def execute(self, labels: dict[str, Label] | None = None) -> Result:
         """Run it."""
         hardware = HARDWARE[self.hardware]
-        targets = self.targets
         workload = make_workload(
             self.seed,
             arrivals=self.arrivals,
             rt_lengths=self.rt_lengths,
-            targets=fixed_targets(*targets)
-            if isinstance(targets, tuple)
-            else scaled_targets(hardware, targets, _UNLOADED_CHUNK),
+            targets=self.targets_by_length(),
             be=self.be,
             duration_s=self.duration_s,
             warm_up_s=self.warm_up_s,

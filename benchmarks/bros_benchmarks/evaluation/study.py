@@ -10,15 +10,16 @@ from typing import Final
 from bros_benchmarks.evaluation.bound import Ceiling, mixed_step, slopes_at
 from bros_benchmarks.evaluation.effort import Effort
 from bros_benchmarks.evaluation.goodput import LEVEL, GoodputSearch
+from bros_benchmarks.evaluation.region_bound import RegionBound
 from bros_benchmarks.evaluation.result import Label, Result, attainment
 from bros_benchmarks.evaluation.scenario import Scenario, Variant, ablations, with_options
 from bros_benchmarks.evaluation.simulation import Simulation
 from bros_benchmarks.evaluation.simulations import Simulations, Task
 from bros_router.kv.kv_manager import Preemption
 from bros_router.scheduling.batch_cap import CapControl
-from bros_router.simulation.hardware import HARDWARE
+from bros_router.simulation.hardware import HARDWARE, Hardware
 from bros_router.simulation.simulator import Setup
-from bros_router.simulation.workload import Poisson, burst
+from bros_router.simulation.workload import ClosedLoop, Poisson, burst
 
 #: Resolution of a goodput.
 _RATE_RATIO: Final = 1.05
@@ -127,7 +128,16 @@ class Study:
             for name in ("tokens_per_step", "sequences_per_step", "be_tokens_per_s")
         )
         base = mixed_step(num_tokens, num_sequences, _BE_CONTEXT_TOKENS)
-        return Ceiling(be_tokens_per_s, slopes_at(HARDWARE[self._scenario.base.hardware], base))
+        hardware = HARDWARE[self._scenario.base.hardware]
+        return Ceiling(be_tokens_per_s, slopes_at(hardware, base), self._region_bound(hardware))
+
+    def _region_bound(self, hardware: Hardware) -> RegionBound | None:
+        """For a closed loop, which always has more to do."""
+        scenario = self._scenario.base
+        if not isinstance(scenario.be, ClosedLoop):
+            return None
+        _, tpot_s = scenario.targets_by_length()(1)
+        return RegionBound(hardware, hardware.num_kv_tokens, scenario.be.lengths.means(), tpot_s)
 
     def ablate(self, rate: float, bros: Variant) -> list[Result]:
         """One part off at a time: at R*, in overload, with a quarter of the KV region, and with tight targets.

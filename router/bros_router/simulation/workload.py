@@ -10,6 +10,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import Final, Protocol, TypeAlias
 
 from bros_router.request import RequestClass
@@ -91,6 +92,7 @@ class Uniform:
 
 #: So many draws beyond the cut in a row: the cut leaves nothing of the distribution.
 _MAX_DRAWS: Final = 10_000
+_NUM_MEAN_DRAWS: Final = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +119,12 @@ class Lengths:
             if num_prompt_tokens + num_output_tokens <= self.max_total_tokens:
                 return num_prompt_tokens, num_output_tokens
         raise ValueError(f"{self.name} has practically no requests of at most {self.max_total_tokens} tokens")
+
+    def means(self) -> tuple[float, float]:
+        """Mean prompt and output tokens, by Monte Carlo; always the same."""
+        generator = random.Random("mean lengths")
+        draws = [self.sample(generator) for _ in range(_NUM_MEAN_DRAWS)]
+        return fmean(prompt for prompt, _ in draws), fmean(output for _, output in draws)
 
     def cut(self, max_total_tokens: int) -> Lengths:
         """The same kind, with a smaller limit on prompt and output together."""
