@@ -177,7 +177,7 @@ async def test_random_ends_lose_nothing(tmp_path, quiet_log):
         scheduler = CheckedScheduler(kv, latency_model)
         tokenizer = Tokenizer(demo_model_path() / "tokenizer.json")
         model = EngineModel(tokenizer, frozenset({0}), hello.vocab_size)
-        admission = AdmissionController(latency_model, MAX_BATCH_TOKENS)
+        admission = AdmissionController(latency_model, MAX_BATCH_TOKENS, kv.num_blocks * kv.block_size)
         engine = StepEngine(scheduler, kv, latency_model, admission, shards, model, Metrics())
         running = asyncio.create_task(engine.run())
         clients = Clients(engine, hello.vocab_size)

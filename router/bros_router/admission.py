@@ -20,6 +20,7 @@ from bros_router.request import (
 )
 from bros_router.scheduling.demand import Demand
 from bros_router.scheduling.latency_model import LatencyModel
+from bros_router.scheduling.memory_demand import MemoryDemand
 from bros_shard.protocol import StepPlan, StepShape
 
 #: Targets that nobody set are this many times what an idle server would need: "strict" in Sarathi-Serve's evaluation.
@@ -86,19 +87,22 @@ class _Queued:
     request_class: RequestClass
     num_prompt_tokens: int
     num_left_tokens: int
+    #: Whether it is to be computed before those that are late.
+    is_in_time: bool
 
 
 class AdmissionController:
     """Judges requests, from what is queued and how long it takes. Pure: time is an argument.
 
-    The owner asks `judge`, then reports what became of the request: `accepted`, `progressed`, and `ended` or
-    `relegated`.
+    The owner asks `judge`, then reports what became of the request: `accepted`, `progressed`, `relegated`, `finished`
+    where it got its last token, and `ended` whatever the reason.
     """
 
     def __init__(
         self,
         latency_model: LatencyModel,
         max_batch_tokens: int,
+        num_kv_tokens: int,
         policy: AdmissionPolicy = AdmissionPolicy.QUEUE,
         max_queued_tokens: Mapping[RequestClass, int] | None = None,
     ) -> None:
@@ -106,23 +110,28 @@ class AdmissionController:
 
         Args:
             max_batch_tokens: the token budget of a step.
+            num_kv_tokens: what the KV region holds.
             max_queued_tokens: most prompt tokens of a class that wait to be computed; absent or 0: any number.
         """
         self._latency_model = latency_model
         self._max_batch_tokens = max_batch_tokens
+        self._memory = MemoryDemand(num_kv_tokens)
         self._policy = policy
         self._max_queued_tokens = dict(max_queued_tokens or {})
         self._queued: dict[int, _Queued] = {}
         self._num_queued_tokens = dict.fromkeys(RequestClass, 0)
+        #: Those of real-time prompts that are in time.
+        self._num_due_tokens = 0
         #: Under `queue` nobody asks for it. Work is in seconds as the clock counts them, decoding included.
         self._demand = None if policy is AdmissionPolicy.QUEUE else Demand()
         self._decode_share = 0.0
         self._decoded_s = -math.inf
 
-    def judge(self, request: ValidRequest, now_s: float, num_cached_tokens: int = 0) -> Terms:
+    def judge(self, request: ValidRequest, now_s: float, num_held_tokens: int = 0, num_cached_tokens: int = 0) -> Terms:
         """The terms on which a request that arrives now would be accepted. Changes nothing.
 
         Args:
+            num_held_tokens: room in the KV region that real-time sequences have which are in time.
             num_cached_tokens: so many tokens of its prompt need not be computed.
 
         Raises:
@@ -138,7 +147,14 @@ class AdmissionController:
             return terms
         work_s = self._work_s(len(request.prompt_token_ids), num_cached_tokens, now_s)
         deadline_s = now_s + targets.ttft_s
-        earliest_s = self._demand.earliest_deadline_s(work_s, deadline_s, now_s)
+        wait_s = self._memory.wait_s(
+            len(request.prompt_token_ids),
+            request.max_new_tokens,
+            targets.tpot_s,
+            num_held_tokens=num_held_tokens,
+            num_due_tokens=self._num_due_tokens,
+        )
+        earliest_s = self._demand.earliest_deadline_s(work_s, max(deadline_s, now_s + wait_s + work_s), now_s)
         if earliest_s <= deadline_s:
             return terms
         if self._policy is AdmissionPolicy.REJECT:
@@ -154,9 +170,11 @@ class AdmissionController:
         """A request was queued on these terms."""
         num_tokens = len(request.prompt_token_ids)
         num_left_tokens = num_tokens - num_cached_tokens
-        self._queued[sequence_id] = _Queued(request.request_class, num_tokens, num_left_tokens)
+        is_in_time = terms.targets is not None and not terms.is_degraded
+        self._queued[sequence_id] = _Queued(request.request_class, num_tokens, num_left_tokens, is_in_time)
         self._num_queued_tokens[request.request_class] += num_left_tokens
-        if self._demand is not None and terms.targets is not None and not terms.is_degraded:
+        self._num_due_tokens += num_left_tokens if is_in_time else 0
+        if self._demand is not None and terms.targets is not None and is_in_time:
             self._demand.put(
                 sequence_id,
                 self._work_s(num_tokens, num_cached_tokens, now_s),
@@ -178,12 +196,17 @@ class AdmissionController:
             return
         num_left = queued.num_prompt_tokens - num_computed_tokens
         self._num_queued_tokens[queued.request_class] += num_left - queued.num_left_tokens
+        self._num_due_tokens += num_left - queued.num_left_tokens if queued.is_in_time else 0
         queued.num_left_tokens = num_left
         if self._demand is not None and sequence_id in self._demand:
             self._demand.change(sequence_id, self._work_s(queued.num_prompt_tokens, num_computed_tokens, now_s))
 
     def relegated(self, sequence_id: int) -> None:
         """A sequence can no longer meet its target: others go first, so it takes nothing from them."""
+        queued = self._queued.get(sequence_id)
+        if queued is not None and queued.is_in_time:
+            queued.is_in_time = False
+            self._num_due_tokens -= queued.num_left_tokens
         if self._demand is not None:
             self._demand.remove(sequence_id)
 
@@ -194,20 +217,24 @@ class AdmissionController:
         if queued is not None:
             self._num_queued_tokens[queued.request_class] -= queued.num_left_tokens
 
-    def decoded(self, rt_decode_s: float, now_s: float) -> None:
-        """A step ended; its real-time decoding alone took `rt_decode_s`. The time since the last step had no other."""
-        period_s = now_s - self._decoded_s
-        remembered = math.exp(-period_s / _DECODE_MEMORY_S)
-        share = min(1.0, rt_decode_s / period_s) if period_s > 0.0 else 0.0
-        self._decode_share = remembered * self._decode_share + (1.0 - remembered) * share
+    def finished(self, request_class: RequestClass, num_output_tokens: int) -> None:
+        """A request got its last token."""
+        if request_class is RequestClass.RT:
+            self._memory.note_output(num_output_tokens)
+
+    def decoded(self, rt_decode_share: float, now_s: float) -> None:
+        """A step ended; to decode its real-time sequences as often as they must be takes this share of the time."""
+        remembered = math.exp(-(now_s - self._decoded_s) / _DECODE_MEMORY_S)
+        self._decode_share = remembered * self._decode_share + (1.0 - remembered) * rt_decode_share
         self._decoded_s = now_s
 
-    def step_ended(self, plan: StepPlan, rt_decode_s: float, now_s: float) -> None:
-        """A step of this plan ended: chunks of prompts are computed, and `rt_decode_s` of it was real-time decoding."""
+    def step_ended(self, plan: StepPlan, rt_decode_share: float, now_s: float) -> None:
+        """A step of this plan ended: chunks of prompts are computed, and real-time sequences were decoded."""
         for part in plan.sequences:
             if part.num_tokens > 1:
                 self.progressed(part.sequence_id, part.num_computed_tokens + part.num_tokens, now_s)
-        self.decoded(rt_decode_s, now_s)
+        if not plan.is_interruption:  # those who decode in the step that it interrupts will do so again
+            self.decoded(rt_decode_share, now_s)
 
     def drain_s(self, request_class: RequestClass, now_s: float) -> float:
         """Predicted seconds until the prompts that wait now are computed; best-effort ones wait for real-time ones."""
@@ -241,6 +268,6 @@ class AdmissionController:
         return self._latency_model.margin * alone_s / (1.0 - self._share(now_s))
 
     def _share(self, now_s: float) -> float:
-        """Share of the time that real-time decoding takes; forgotten while nothing runs."""
+        """Share of the time that real-time decoding needs; forgotten while nothing runs."""
         forgotten = math.exp(-max(0.0, now_s - self._decoded_s) / _DECODE_MEMORY_S)
         return min(_MAX_DECODE_SHARE, forgotten * self._decode_share)

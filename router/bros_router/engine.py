@@ -195,7 +195,7 @@ class StepEngine:
         is_shared = request.num_prompt_top_tokens is None
         block_hashes = self._scheduler.block_hashes(request.prompt_token_ids) if is_shared else None
         num_cached_tokens = self._kv.num_cached_tokens(block_hashes or ())
-        terms = self._admission.judge(request, now_s, num_cached_tokens)
+        terms = self._admission.judge(request, now_s, self._scheduler.num_held_tokens(), num_cached_tokens)
         sequence = Sequence(
             sequence_id=self._next_sequence_id,
             request_class=terms.request_class,
@@ -360,7 +360,7 @@ class StepEngine:
             self._metrics.step_failed(step.method)
             raise
         now_s = time.monotonic()
-        self._admission.step_ended(step.plan, step.planned.rt_decode_s, now_s)
+        self._admission.step_ended(step.plan, step.planned.rt_decode_share, now_s)
         for told in result.prompts:
             self._note_prompt(told)
         for outcome in self._scheduler.commit(result, now_s):
@@ -413,6 +413,7 @@ class StepEngine:
     def _finish(self, reply: Reply, reason: FinishReason, now_s: float) -> Finish:
         sequence = reply.sequence
         self._end(reply, is_complete=True)
+        self._admission.finished(sequence.request_class, len(sequence.output_token_ids))
         self._judge_targets(sequence, is_complete=True)
         assert sequence.first_scheduled_s is not None
         return Finish(

@@ -240,6 +240,7 @@ def make_engine(
     admission = AdmissionController(
         latency_model,
         limits.max_batch_tokens,
+        kv.num_blocks * kv.block_size,
         AdmissionPolicy(scheduling.admission_policy),
         {RequestClass.RT: scheduling.max_queued_rt_tokens, RequestClass.BE: scheduling.max_queued_be_tokens},
     )

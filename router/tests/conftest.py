@@ -140,7 +140,7 @@ class ScriptedEngine:
     is_healthy: bool = True
     #: Raised by the next `submit`.
     refusal: Exception | None = None
-    admission: AdmissionController = field(default_factory=lambda: AdmissionController(AffineModel(), 512))
+    admission: AdmissionController = field(default_factory=lambda: AdmissionController(AffineModel(), 512, 1024))
     requests: list[ValidRequest] = field(default_factory=list)
     num_running: int = 0
     #: A generation was entered, and left.

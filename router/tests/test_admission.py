@@ -1,5 +1,7 @@
 """Admission: permits, queue bounds, targets, and what becomes of a request whose target cannot be met."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -39,11 +41,13 @@ def request(num_tokens: int = 100, request_class: RequestClass = RT, **targets: 
 
 @pytest.fixture
 def make(latency_model):
-    """`make(policy)`: a controller over the known model."""
+    """`make(policy)`: a controller over the known model, and a region with room for everybody unless one is given."""
 
-    def make(policy: AdmissionPolicy = QUEUE, **max_queued_tokens: int) -> AdmissionController:
+    def make(
+        policy: AdmissionPolicy = QUEUE, *, num_kv_tokens: int = 1_000_000, **max_queued_tokens: int
+    ) -> AdmissionController:
         bounds = {RequestClass(name): limit for name, limit in max_queued_tokens.items()}
-        return AdmissionController(latency_model, MAX_BATCH_TOKENS, policy, bounds)
+        return AdmissionController(latency_model, MAX_BATCH_TOKENS, num_kv_tokens, policy, bounds)
 
     return make
 
@@ -220,7 +224,7 @@ def test_a_prompt_that_must_be_computed_anew_takes_its_time_again(make):
 def test_decoding_takes_its_share_and_is_forgotten(make):
     controller = make(REJECT)
     for step in range(100):
-        controller.decoded(0.25, 0.5 * step)
+        controller.decoded(0.5, 0.5 * step)
     now_s = 0.5 * 99
     with pytest.raises(RefusedError) as caught:
         controller.judge(request(ttft_s=3.0), now_s)
@@ -231,8 +235,73 @@ def test_decoding_takes_its_share_and_is_forgotten(make):
 def test_decoding_alone_never_makes_every_promise_impossible(make):
     controller = make(REJECT)
     for step in range(100):
-        controller.decoded(10.0, 0.5 * step)
+        controller.decoded(1.0, 0.5 * step)
     assert controller.judge(request(ttft_s=41.0), 0.5 * 99)
+
+
+# --- memory
+
+
+@pytest.fixture
+def tight(make):
+    """`tight(policy, mean_output)`: the region holds 1,024 tokens; replies were so long of late."""
+
+    def tight(policy: AdmissionPolicy, mean_output: int) -> AdmissionController:
+        controller = make(policy, num_kv_tokens=1_024)
+        for difference in (-20, 20, 0):
+            controller.finished(RT, mean_output + difference)
+            controller.finished(BE, 10_000)
+        return controller
+
+    return tight
+
+
+def wish(num_prompt_tokens: int, ttft_s: float, max_new_tokens: int = 2_000) -> ValidRequest:
+    """A prompt of 100 tokens takes 2 s."""
+    targets = {"ttft_s": ttft_s, "tpot_s": 1.0}
+    return dataclasses.replace(request(num_prompt_tokens, **targets), max_new_tokens=max_new_tokens)
+
+
+def test_a_request_needs_memory_for_its_prompt_and_an_output_of_mean_length(tight):
+    controller = tight(REJECT, 124)
+    assert controller.judge(wish(100, 2.5), 0.0, num_held_tokens=800)
+    with pytest.raises(RefusedError):
+        controller.judge(wish(130, 2.5), 0.0, num_held_tokens=800)
+    # Nobody's reply is longer than was asked for.
+    assert controller.judge(wish(130, 2.4, max_new_tokens=94), 0.0, num_held_tokens=800)
+    with pytest.raises(RefusedError):
+        controller.judge(wish(130, 2.4, max_new_tokens=95), 0.0, num_held_tokens=800)
+
+
+def test_memory_that_is_given_back_in_time_is_waited_for(make, tight):
+    # 80 tokens are missing of the 800 that are given back in 204 s.
+    with pytest.raises(RefusedError) as caught:
+        tight(REJECT, 204).judge(wish(100, 22.0), 0.0, num_held_tokens=800)
+    assert caught.value.retry_after_s == pytest.approx(20.4 + 2.0 - 22.0)
+    assert tight(REJECT, 204).judge(wish(100, 23.0), 0.0, num_held_tokens=800)
+    relaxed = tight(RELAX, 204).judge(wish(100, 22.0), 0.0, num_held_tokens=800)
+    assert relaxed.targets == LatencyTargets(pytest.approx(22.4), 1.0, True)
+
+
+def test_while_nothing_is_known_of_replies_only_work_counts(make):
+    assert make(REJECT, num_kv_tokens=1_024).judge(wish(100, 2.5), 0.0, num_held_tokens=1_024)
+
+
+def test_prompts_that_wait_will_take_memory_unless_they_are_late(tight):
+    controller = tight(REJECT, 1_000)
+    accept(controller, 3, wish(100, 60.0, max_new_tokens=10))
+    accept(controller, 4, wish(100, 60.0, max_new_tokens=10))
+    # A token is missing, which takes 1.25 s; the prompt takes 1.15 s.
+    urgent = wish(15, 2.0, max_new_tokens=10)
+    with pytest.raises(RefusedError):
+        controller.judge(urgent, 0.0, num_held_tokens=800)
+    controller.relegated(4)
+    assert controller.judge(urgent, 0.0, num_held_tokens=800)
+    controller.progressed(3, 99, 0.0)
+    controller.ended(4)
+    assert controller.judge(urgent, 0.0, num_held_tokens=998)
+    with pytest.raises(RefusedError):
+        controller.judge(urgent, 0.0, num_held_tokens=999)
 
 
 # --- the bounds of the queues
@@ -289,7 +358,7 @@ sequences = st.lists(
 
 @given(st.sampled_from(AdmissionPolicy), sequences)
 def test_once_all_have_ended_nothing_is_left(policy, steps):
-    controller = AdmissionController(LatencyModel(), 32, policy)
+    controller = AdmissionController(LatencyModel(), 32, 11, policy)
     for number, (step, other, num_tokens) in enumerate(steps):
         match step:
             case "accept":
@@ -307,5 +376,6 @@ def test_once_all_have_ended_nothing_is_left(policy, steps):
     for number in range(len(steps)):
         controller.ended(number)
     assert controller.drain_s(BE, 1.0) == 0.0
+    controller.finished(RT, 1)
     alone_s = LatencyModel().prefill_s(10, 0, 32)
     assert controller.judge(request(10, ttft_s=1.01 * alone_s), 1.0).admission is Admission.AS_ASKED

@@ -515,7 +515,7 @@ async def test_a_full_queue_is_an_overload_that_says_when_to_come_again(serve, l
     server = await serve()
     # A token a step, so that each of a prompt's two tokens takes a little more than a second.
     bounds = {RequestClass.BE: 3}
-    server.engine.admission = AdmissionController(latency_model, 1, AdmissionPolicy.QUEUE, bounds)
+    server.engine.admission = AdmissionController(latency_model, 1, 1024, AdmissionPolicy.QUEUE, bounds)
     go_on = asyncio.Event()
     server.engine.script = [go_on]
     first = asyncio.create_task(post(server, "be"))
@@ -538,7 +538,7 @@ POLICIES = [*AdmissionPolicy]
 async def test_a_target_that_cannot_be_met(serve, latency_model, path, policy):
     """One prompt takes more than a second on this engine, and a millisecond is asked for."""
     server = await serve()
-    server.engine.admission = AdmissionController(latency_model, 512, policy)
+    server.engine.admission = AdmissionController(latency_model, 512, 1024, policy)
     response = await post(server, path=path, x_slo_ttft_ms="1", x_slo_tpot_ms="20")
     shown = {name: response.headers.get(name) for name in ("x-admission", "x-slo-ttft-ms", "x-slo-tpot-ms")}
     lines = await server.metric_lines()
@@ -570,7 +570,7 @@ async def test_a_target_that_cannot_be_met(serve, latency_model, path, policy):
 @pytest.mark.parametrize("policy", POLICIES)
 async def test_who_names_no_target_is_always_accepted(serve, latency_model, policy):
     server = await serve()
-    server.engine.admission = AdmissionController(latency_model, 512, policy)
+    server.engine.admission = AdmissionController(latency_model, 512, 1024, policy)
     for headers in ({}, {"x-request-class": "be", "x-slo-ttft-ms": "1"}, {"x-slo-tpot-ms": "0.001"}):
         response = await server.client.post("/generate", json={"inputs": "x"}, headers=headers)
         assert response.status == 200

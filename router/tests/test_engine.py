@@ -79,7 +79,9 @@ async def engine(group):
     kv = KVManager(num_blocks=64, block_size=16)
     scheduler = Scheduler(FirstComeFirstServed(), kv, ExactModel(), SchedulerLimits(64, 8))
     model = EngineModel(Tokenizer(demo_model_path() / "tokenizer.json"), frozenset({EOS}), VOCAB_SIZE)
-    engine = StepEngine(scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64), group, model, Metrics())
+    engine = StepEngine(
+        scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64, 64 * 16), group, model, Metrics()
+    )
     engine.kv_under_test = kv
     running = asyncio.create_task(engine.run())
     yield engine
@@ -193,7 +195,9 @@ async def test_failed_group_leaves_the_replies_waiting_and_they_go_on_after_a_re
     kv = KVManager(num_blocks=64, block_size=16)
     scheduler = Scheduler(FirstComeFirstServed(), kv, ExactModel(), SchedulerLimits(64, 8))
     model = EngineModel(Tokenizer(demo_model_path() / "tokenizer.json"), frozenset(), VOCAB_SIZE)
-    engine = StepEngine(scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64), group, model, Metrics())
+    engine = StepEngine(
+        scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64, 64 * 16), group, model, Metrics()
+    )
     reply = engine.submit(request(11, 12, 13, max_new_tokens=6))
     running = asyncio.create_task(engine.run())
     before = [(await anext(reply)).token.token_id for _ in range(2)]
@@ -258,7 +262,9 @@ async def test_a_prompt_that_is_told_of_is_neither_read_from_the_cache_nor_put_t
         FirstComeFirstServed(), kv, ExactModel(), SchedulerLimits(64, 8), hasher=BlockHasher(16, b"salt")
     )
     model = EngineModel(Tokenizer(demo_model_path() / "tokenizer.json"), frozenset({EOS}), VOCAB_SIZE)
-    engine = StepEngine(scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64), group, model, Metrics())
+    engine = StepEngine(
+        scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64, 64 * 16), group, model, Metrics()
+    )
     running = asyncio.create_task(engine.run())
     prompt = tuple(range(11, 61))
     num_idle = []

@@ -1,4 +1,4 @@
-"""Several pieces of work for one request, at the same time."""
+"""Several works at once, none of which outlives the others."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ T = TypeVar("T")
 
 
 async def together(works: Iterable[Awaitable[T]]) -> list[T]:
-    """Do all of them at once. Returns what they gave, in their order.
+    """What all of them give, in their order.
 
-    Where one fails, or the caller is cancelled, the others are cancelled and waited for.
+    Where one fails, or the caller is cancelled, the others are cancelled and waited for. Raises what the first to fail
+    raised.
     """
     tasks = [asyncio.ensure_future(work) for work in works]
     try:

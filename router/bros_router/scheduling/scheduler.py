@@ -55,6 +55,8 @@ class StepInFlight:
     predicted_s: float
     #: What the real-time sequences that decode would take without the rest.
     rt_decode_s: float
+    #: The share of the time that these take if none comes later than its TPOT says. At most 1.
+    rt_decode_share: float
     #: Most sequences it might have held.
     max_num_sequences: int
     #: Who gave up memory for it, and its class.
@@ -253,6 +255,14 @@ class Scheduler:
             self._policy.add,
         )
 
+    def num_held_tokens(self) -> int:
+        """Room in the KV region that real-time sequences have which are in time: they keep it."""
+        num_blocks = self._kv.num_used_blocks(RequestClass.RT)
+        for sequence in self._running.values():
+            if sequence.is_late:
+                num_blocks -= self._kv.num_own_blocks(sequence.sequence_id)
+        return num_blocks * self._kv.block_size
+
     def take_relegated(self) -> list[Sequence]:
         """The sequences that were relegated since the last call."""
         relegated, self._relegated = self._relegated, []
@@ -324,6 +334,7 @@ class Scheduler:
         """Write the decision down: the message that the ranks get, and what is remembered of it. Counts it as done."""
         steps, new_sequences, sampled, first_due_s = [], [], [], []
         num_rt_decodes = num_rt_context_tokens = 0
+        least_tpot_s = math.inf
         block_size = self._kv.block_size
         for sequence, num_tokens in draft.chunks:
             if not sequence.is_on_ranks:
@@ -336,6 +347,8 @@ class Scheduler:
             if num_tokens == 1 and sequence.request_class is RequestClass.RT:
                 num_rt_decodes += 1
                 num_rt_context_tokens += num_computed_tokens + 1
+                if sequence.targets is not None and not sequence.is_late:
+                    least_tpot_s = min(least_tpot_s, sequence.targets.tpot_s)
             sequence.num_computed_tokens = num_computed_tokens + num_tokens
             if (num_computed_tokens + num_tokens) // block_size > num_computed_tokens // block_size:
                 self._publish(sequence, is_interruption=is_interruption)
@@ -368,6 +381,7 @@ class Scheduler:
             draft.start_s,
             predicted_s,
             rt_decode_s,
+            min(1.0, rt_decode_s / least_tpot_s),
             draft.max_num_sequences,
             draft.victims,
             sampled,

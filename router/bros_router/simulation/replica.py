@@ -113,7 +113,7 @@ class Replica:
         if num_tokens > min(self._hardware.max_length, self._kv.num_blocks * self._kv.block_size):
             return
         try:
-            terms = self._admission.judge(request, now_s)
+            terms = self._admission.judge(request, now_s, self.scheduler.num_held_tokens())
         except (OverloadedError, RefusedError):
             return
         record.ending = Ending.UNFINISHED
@@ -245,7 +245,7 @@ class Replica:
             self._steps.popleft()
         seconds = step.end_s - step.start_s - step.interrupted_s
         result = StepResult(step.plan.generation, step.plan.step_id, step.results, seconds, 0.0, seconds, step.idle_s)
-        self._admission.step_ended(step.plan, step.planned.rt_decode_s, now_s)
+        self._admission.step_ended(step.plan, step.planned.rt_decode_share, now_s)
         began_s = time.perf_counter()
         outcomes = self.scheduler.commit(result, now_s)
         self.log.planning_s[step.index] += time.perf_counter() - began_s
@@ -270,6 +270,7 @@ class Replica:
         record.was_relegated = sequence.is_late
         self.num_requests -= 1
         self.num_tokens -= sequence.max_total_tokens
+        self._admission.finished(sequence.request_class, len(sequence.output_token_ids))
         self._admission.ended(sequence_id)
         del self._open[sequence_id], self._results[sequence_id]
         on_end(record)

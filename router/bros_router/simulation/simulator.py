@@ -51,7 +51,7 @@ def make_replica(setup: Setup, hardware: Hardware, points: Sequence[tuple[StepSh
     model = LatencyModel(points, hardware.copies_overlap)
     limits = replace(setup.limits, can_interrupt=hardware.can_interrupt)
     policy = make_policy(setup.policy, model, limits, setup.options)
-    admission = AdmissionController(model, limits.max_batch_tokens, setup.admission_policy)
+    admission = AdmissionController(model, limits.max_batch_tokens, num_kv_tokens, setup.admission_policy)
     return Replica(Scheduler(policy, kv, model, limits), kv, model, admission, hardware, setup.timing)
 
 

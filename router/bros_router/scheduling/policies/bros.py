@@ -238,22 +238,27 @@ class BrosPolicy:
     def _give_room(
         self, draft: StepDraft, standing: Standing, sequence: Sequence, num_tokens: int, end_s: float = math.inf
     ) -> bool:
-        """See to memory for a real-time sequence, at the cost of best-effort ones.
+        """See to memory for a real-time sequence, at the cost of best-effort and late ones.
 
-        As a last resort real-time ones that can wait longer pay, if it was let in and decodes, or nothing else runs.
+        As a last resort its own kind pays, those that can wait longer, if it was let in and decodes, or nothing else
+        runs.
         """
         if draft.shortfall(sequence, num_tokens) == 0:
             return True
-        best_effort = standing.be_victims()
-        if draft.make_room(sequence, num_tokens, best_effort, end_s):
+        victims = standing.victims_of(sequence)
+        if draft.make_room(sequence, num_tokens, victims, end_s):
             return True
         if sequence.state is SequenceState.WAITING or (draft.chunks and not sequence.is_decoding):
             return False
         # Those that are behind already first: then few wait with memory that helps nobody.
-        others = [other for other in draft.running if other.request_class is RequestClass.RT and not draft.holds(other)]
-        others.sort(key=lambda other: (other.is_late, not other.is_decoding, due_s(other)), reverse=True)
-        can_wait_longer = itertools.takewhile(lambda other: other is not sequence, others)
-        return draft.make_room(sequence, num_tokens, [*best_effort, *can_wait_longer], end_s)
+        kind = [
+            other
+            for other in draft.running
+            if other.request_class is RequestClass.RT and other.is_late == sequence.is_late and not draft.holds(other)
+        ]
+        kind.sort(key=lambda other: (not other.is_decoding, due_s(other)), reverse=True)
+        can_wait_longer = itertools.takewhile(lambda other: other is not sequence, kind)
+        return draft.make_room(sequence, num_tokens, [*victims, *can_wait_longer], end_s)
 
     def _restore(self, draft: StepDraft, standing: Standing, sequence: Sequence, end_s: float) -> None:
         """Copy back what a real-time sequence lost to another, if there is room and it is not faster computed anew."""

@@ -20,7 +20,8 @@ class Standing:
     late: list[Sequence] = field(default_factory=list)
     be_decoding: list[Sequence] = field(default_factory=list)
     be_behind: list[Sequence] = field(default_factory=list)
-    #: All best-effort ones, those too that the step cannot take up.
+    #: All late and all best-effort ones, those too that the step cannot take up.
+    late_all: list[Sequence] = field(default_factory=list)
     be_all: list[Sequence] = field(default_factory=list)
 
     @classmethod
@@ -31,6 +32,8 @@ class Standing:
             is_be = sequence.request_class is RequestClass.BE
             if is_be:
                 standing.be_all.append(sequence)
+            elif sequence.is_late:
+                standing.late_all.append(sequence)
             num_pending_tokens = sequence.num_pending_tokens
             if num_pending_tokens == 0 or (num_pending_tokens > 1 and sequence.num_in_flight_tokens):
                 continue  # its last token is in flight; or it was preempted with one
@@ -51,6 +54,14 @@ class Standing:
             key=lambda sequence: (sequence.sequence_id not in decoding, by_arrival(sequence)),
             reverse=True,
         )
+
+    def victims_of(self, sequence: Sequence) -> list[Sequence]:
+        """Who gives way to a real-time sequence before any of its own kind: best-effort ones, and to one that is in
+        time late ones too, the youngest first."""
+        if sequence.is_late:
+            return self.be_victims()
+        late = (other for other in self.late_all if other.state is SequenceState.RUNNING)
+        return [*self.be_victims(), *sorted(late, key=by_arrival, reverse=True)]
 
     def be_younger_than(self, sequence: Sequence) -> list[Sequence]:
         """Those of the victims that arrived later: only they give way to a best-effort sequence, so that no two take
