@@ -162,6 +162,26 @@ def test_openais_client_asks_for_choices_and_likely_tokens(client):
         assert client.chat.completions.create(**CHAT, seed=5 + index).choices[0].message.content == text
 
 
+def test_choices_go_on_unchanged_where_a_rank_is_replaced(client, small_server):
+    wishes = {"seed": 3, "n": 2, "presence_penalty": 1.5, "logit_bias": {7: -5}, "logprobs": 2, "max_tokens": 100}
+
+    def stream():
+        return client.completions.create(model="m", prompt="def f(", stream=True, **wishes)
+
+    def tokens_of(chunks) -> list[list[str]]:
+        tokens: list[list[str]] = [[], []]
+        for chunk in chunks:
+            (choice,) = chunk.choices
+            tokens[choice.index] += choice.logprobs.tokens
+        return tokens
+
+    undisturbed = tokens_of(stream())
+    disturbed = iter(stream())
+    first = [next(disturbed) for _ in range(8)]
+    small_server.ranks[-1].kill()
+    assert tokens_of([*first, *disturbed]) == undisturbed
+
+
 def test_openais_client_asks_how_likely_a_prompt_is(client, small_server, model):
     prompt = "def strip(self):"
     reply = client.completions.create(model="m", prompt=prompt, max_tokens=4, temperature=0, logprobs=2, echo=True)

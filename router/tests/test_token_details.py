@@ -141,6 +141,13 @@ async def test_an_echo_with_logprobs(serve, reply_of, stream):
     assert server.engine.requests[-1].num_prompt_top_tokens == 2
 
 
+async def test_of_a_prompt_fewer_others_are_told_than_of_a_reply(serve):
+    server = await serve(ApiConfig(enable_prefill_logprobs=True, max_top_n_tokens=128))
+    assert (await complete(server, echo=True, logprobs=128)).status == 200
+    request = server.engine.requests[-1]
+    assert (request.sampling.num_top_tokens, request.num_prompt_top_tokens) == (128, 20)
+
+
 async def test_an_echo_of_tokens_is_their_text(serve):
     server = await serve()
     token_ids = server.service.model.tokenizer.encode("Hi", add_special_tokens=False).ids

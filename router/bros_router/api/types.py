@@ -130,7 +130,7 @@ class StreamEvent(Struct, frozen=True):
 
     index: int
     token: TokenReply
-    top_tokens: list[TokenReply] | UnsetType
+    top_tokens: list[TokenReply] | UnsetType = UNSET  # where asked for
     generated_text: str | None = None
     details: StreamDetails | None = None
 

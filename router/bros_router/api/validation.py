@@ -18,7 +18,7 @@ from bros_router.config import ApiConfig
 from bros_router.request import ValidRequest
 from bros_router.service import ServedModel
 from bros_router.tokenizer import Tokenizer, TokenizerError, byte_offsets
-from bros_shard.protocol import MAX_BIASED_TOKENS, SamplingParams, Watermark
+from bros_shard.protocol import MAX_BIASED_TOKENS, MAX_PROMPT_TOP_TOKENS, SamplingParams, Watermark
 
 T = TypeVar("T")
 
@@ -37,7 +37,7 @@ class OpenAIParameters:
     presence_penalty: float = 0.0
     #: By token id.
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    #: As in `ValidRequest`.
+    #: As in `ValidRequest`; more than can be told are fewer.
     num_prompt_top_tokens: int | None = None
 
 
@@ -129,7 +129,10 @@ class Validator:
         """TGI says nothing of a prompt unless the server was started for it."""
         if not self._config.enable_prefill_logprobs:
             return None
-        return 0 if request.parameters.decoder_input_details else request.openai.num_prompt_top_tokens
+        if request.parameters.decoder_input_details:
+            return 0
+        wished = request.openai.num_prompt_top_tokens
+        return None if wished is None else min(wished, MAX_PROMPT_TOP_TOKENS)
 
     def _sampling_params(
         self, parameters: GenerateParameters, openai: OpenAIParameters, vocab_size: int

@@ -75,7 +75,7 @@ def _changes_logits(params: SamplingParams) -> bool:
 
 
 class Sampler:
-    """Mark, bias, penalties, temperature, filters and choice, in TGI's order. Keeps nothing between calls."""
+    """Bias, mark, penalties, temperature, filters and choice, in TGI's order. Keeps nothing between calls."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
