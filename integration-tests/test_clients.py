@@ -68,3 +68,6 @@ def test_tgi_client_sync_and_async(server):
     assert seen["sync"]["stream"] == seen["async"]["plain"] == seen["async"]["stream"] == plain
     assert seen["sync"]["finish_reason"] == seen["async"]["finish_reason"]
     assert seen["sync"]["error"] == seen["async"]["error"] == "ValidationError"
+    for reply in seen.values():
+        assert reply["num_best_of_sequences"] == 1
+        assert min(reply["num_top_tokens"]) >= 1

@@ -180,7 +180,7 @@ def test_killed_launcher_leaves_no_process_and_its_folder_is_swept(launch, event
 @pytest.mark.parametrize("num_shard", [1, 2])
 def test_killed_rank_is_replaced_and_every_reply_goes_on_unchanged(launch, eventually, num_shard):
     server = launch("--num-shard", str(num_shard), "--dtype", "float32").wait_until_ready()
-    sampled = {"do_sample": True, "seed": 11, "temperature": 0.8}
+    sampled = {"do_sample": True, "seed": 11, "temperature": 0.8, "watermark": True}
     undisturbed = [event["token"]["id"] for event in events(request_stream(server, max_new_tokens=120, **sampled))]
     stream = events(request_stream(server, max_new_tokens=120, **sampled))
     tokens = [next(stream)["token"]["id"] for _ in range(10)]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from bros_shard.protocol import MAX_TOP_TOKENS
+
 
 class ConfigError(ValueError):
     """Values that contradict each other. The message is one line for the operator."""
@@ -129,8 +131,13 @@ class ApiConfig:
     )
     max_best_of: int = flag(2, "Largest best_of.", minimum=1)
     max_stop_sequences: int = flag(4, "Most stop sequences of a request.", minimum=0)
-    max_top_n_tokens: int = flag(5, "Largest top_n_tokens.", minimum=0)
-    max_client_batch_size: int = flag(4, "Most prompts of a completions request.", minimum=1)
+    max_top_n_tokens: int = flag(5, "Largest top_n_tokens.", minimum=0, maximum=MAX_TOP_TOKENS)
+    enable_prefill_logprobs: bool = flag(
+        False, "Tell the log-probabilities of prompts to those who ask; steps with such prompts take longer."
+    )
+    watermark_gamma: float = flag(0.5, "Share of green tokens.", minimum=0.001, maximum=1.0)
+    watermark_delta: float = flag(2.0, "Bias of green tokens.", minimum=-100.0, maximum=100.0)
+    max_client_batch_size: int = flag(4, "Most prompts of a completions request, and most choices of each.", minimum=1)
     validation_workers: int = flag(2, "Threads that tokenise and validate.", minimum=1)
     payload_limit: int = flag(2_000_000, "Largest request body, in bytes.", minimum=1)
     api_key: str | None = field(

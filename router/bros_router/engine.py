@@ -19,11 +19,13 @@ from bros_router.admission import AdmissionController
 from bros_router.kv.kv_manager import KVManager
 from bros_router.metrics import Method, Metrics
 from bros_router.planning_guard import PlanningGuard
+from bros_router.ranked_tokens import ranked_tokens
 from bros_router.request import (
     DeadlineError,
     Finish,
     FinishReason,
     GenerationError,
+    PromptDetails,
     RequestClass,
     ServiceUnavailableError,
     Terms,
@@ -38,7 +40,7 @@ from bros_router.scheduling.sequence import Sequence
 from bros_router.shard_client import ShardError, ShardGroup
 from bros_router.stop_sequences import stop_rule
 from bros_router.tokenizer import Detokenizer, Tokenizer
-from bros_shard.protocol import StepPlan, StepResult
+from bros_shard.protocol import PromptLogprobs, StepPlan, StepResult
 
 log = structlog.get_logger()
 
@@ -57,6 +59,8 @@ class Reply:
         self.detokenizer: Detokenizer = tokenizer.detokenizer(request.prompt_token_ids)
         self.stop_rule = stop_rule(request.stop_sequences, cuts=request.cuts_stop_sequences)
         self.texts: list[str] = []
+        #: What the ranks told of the prompt so far, where it was asked for; the first event takes it.
+        self.prompt = _unknown_prompt(request)
         self.last_token_s: float | None = None
         self._engine = engine
         self._events: deque[TokenEvent] = deque()
@@ -187,7 +191,9 @@ class StepEngine:
         if not self._is_accepting:
             raise ServiceUnavailableError
         now_s = time.monotonic()
-        block_hashes = self._scheduler.block_hashes(request.prompt_token_ids)
+        # What was computed before tells nothing of how likely it was found.
+        is_shared = request.num_prompt_top_tokens is None
+        block_hashes = self._scheduler.block_hashes(request.prompt_token_ids) if is_shared else None
         num_cached_tokens = self._kv.num_cached_tokens(block_hashes or ())
         terms = self._admission.judge(request, now_s, self._scheduler.num_held_tokens(), num_cached_tokens)
         sequence = Sequence(
@@ -202,6 +208,7 @@ class StepEngine:
             is_late=terms.is_degraded,
             block_hashes=block_hashes,
             num_cached_tokens=num_cached_tokens,
+            num_prompt_top_tokens=request.num_prompt_top_tokens,
         )
         self._next_sequence_id += 1
         reply = Reply(self, request, terms, sequence, self._model.tokenizer)
@@ -354,6 +361,8 @@ class StepEngine:
             raise
         now_s = time.monotonic()
         self._admission.step_ended(step.plan, step.planned.rt_decode_share, now_s)
+        for told in result.prompts:
+            self._note_prompt(told)
         for outcome in self._scheduler.commit(result, now_s):
             self._stream(outcome, now_s)
         self._metrics.step_finished(
@@ -374,14 +383,32 @@ class StepEngine:
             self._fail(reply, GenerationError("the model gave no valid token"))
             return
         text = reply.detokenizer.step(outcome.token_id)
-        token = Token(outcome.token_id, text, outcome.logprob, self._model.tokenizer.is_special(outcome.token_id))
+        token = Token(
+            outcome.token_id,
+            text,
+            outcome.logprob,
+            self._model.tokenizer.is_special(outcome.token_id),
+            ranked_tokens(outcome.top_tokens, self._model.tokenizer) if outcome.top_tokens else (),
+        )
         shown = reply.stop_rule.take(text, is_special=token.is_special)
         reason = reply.stop_rule.judge(outcome.finish_reason)
         if reason is not None:
             shown += reply.stop_rule.rest()
         reply.texts.append(shown)
         self._observe_token(reply, now_s)
-        reply.push(TokenEvent(token, shown, self._finish(reply, reason, now_s) if reason else None))
+        prompt, reply.prompt = reply.prompt, None
+        reply.push(TokenEvent(token, shown, self._finish(reply, reason, now_s) if reason else None, prompt))
+
+    def _note_prompt(self, told: PromptLogprobs) -> None:
+        """Keep what a step told of a prompt, if somebody waits for it still. What is told again is the same."""
+        reply = self._replies.get(told.sequence_id)
+        if reply is None or reply.prompt is None:
+            return
+        positions = range(told.first_position, len(reply.prompt.logprobs))
+        for position, logprob in zip(positions, told.logprobs, strict=False):
+            reply.prompt.logprobs[position] = logprob
+        for position, top_tokens in zip(positions, told.top_tokens, strict=False):
+            reply.prompt.top_tokens[position] = top_tokens
 
     def _finish(self, reply: Reply, reason: FinishReason, now_s: float) -> Finish:
         sequence = reply.sequence
@@ -465,6 +492,13 @@ class StepEngine:
             cached=self._kv.num_idle_blocks,
             free=self._kv.num_free_blocks - self._kv.num_idle_blocks,
         )
+
+
+def _unknown_prompt(request: ValidRequest) -> PromptDetails | None:
+    if request.num_prompt_top_tokens is None:
+        return None
+    num_tokens = len(request.prompt_token_ids)
+    return PromptDetails([None] * num_tokens, [[] for _ in range(num_tokens)])
 
 
 def _method_of(plan: StepPlan) -> Method:

@@ -8,7 +8,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Protocol
 
-from bros_shard.protocol import SamplingParams
+from bros_shard.protocol import RankedToken, SamplingParams
 
 
 class RequestClass(str, Enum):
@@ -55,6 +55,8 @@ class ValidRequest:
     cuts_stop_sequences: bool = False
     #: An extension to TGI: go on past the end-of-sequence token (benchmarks with forced lengths).
     ignore_eos: bool = False
+    #: Tell the log-probabilities of the prompt's tokens, with so many of the likeliest ones; `None`: do not.
+    num_prompt_top_tokens: int | None = None
     request_class: RequestClass = RequestClass.RT
     #: Targets of a real-time request, as the client or else the operator set them; `None`: nobody did.
     ttft_s: float | None = None
@@ -98,6 +100,18 @@ class Token:
     #: `None` where the model gave no finite value.
     logprob: float | None
     is_special: bool
+    #: The likeliest tokens in its place, where asked for. Each has its text on its own.
+    top_tokens: tuple[Token, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PromptDetails:
+    """How likely the model finds the tokens of a prompt."""
+
+    #: Of each token; `None` for the first, which follows nothing, and where the model gave no finite value.
+    logprobs: list[float | None]
+    #: For each token, the likeliest ones in its place; empty lists where none are asked for.
+    top_tokens: list[list[RankedToken]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +135,8 @@ class TokenEvent:
     #: What the reply that clients read grows by: no special tokens, and of stop sequences what their rule leaves.
     shown: str
     finish: Finish | None = None
+    #: With the first event of a reply, where it was asked for.
+    prompt: PromptDetails | None = None
 
 
 class GenerationError(Exception):

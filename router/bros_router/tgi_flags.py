@@ -122,10 +122,5 @@ REFUSED: Final = (
         "The KV cache has the format of the model: see --dtype.",
     ),
     _foreign("lora-adapters", str, "Adapters to load.", "Adapters are not supported yet: merge one into the model."),
-    _foreign("watermark-gamma", float, "Share of green tokens.", "Watermarks are not supported yet."),
-    _foreign("watermark-delta", float, "Bias of green tokens.", "Watermarks are not supported yet."),
-    _foreign(
-        "enable-prefill-logprobs", bool, "Serve the prompt's logprobs.", "The prompt's logprobs are not served yet."
-    ),
     _foreign("ngrok", bool, "Open a tunnel.", "The server opens no tunnel: put a proxy in front."),
 )

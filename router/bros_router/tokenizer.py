@@ -51,6 +51,15 @@ class Tokenizer:
         """Whether `generated_text` leaves the token out."""
         return token_id in self._special_ids
 
+    def texts(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token's text on its own, that of special ones too."""
+        return [self._tokenizer.decode([token_id], skip_special_tokens=False) for token_id in token_ids]
+
+    def stream_texts(self, token_ids: Sequence[int]) -> list[str]:
+        """What each token adds to the text of those before it, as in a stream."""
+        detokenizer = self.detokenizer(())
+        return [detokenizer.step(token_id) for token_id in token_ids]
+
     def encode(self, text: str, *, add_special_tokens: bool = True) -> tokenizers.Encoding:
         """Token ids, texts and offsets (in characters). Releases the GIL: call it from a worker thread.
 

@@ -102,6 +102,7 @@ class ScriptedGeneration:
 
     def __init__(self, engine: "ScriptedEngine", sequence_id: int, terms: Terms) -> None:
         self.terms = terms
+        self._script = engine.next_scripts.pop(0) if engine.next_scripts else None
         self._engine = engine
         self._sequence_id = sequence_id
 
@@ -116,7 +117,7 @@ class ScriptedGeneration:
         self._engine.ended.set()
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        for item in self._engine.script:
+        for item in self._engine.script if self._script is None else self._script:
             if isinstance(item, asyncio.Event):
                 await item.wait()
             elif isinstance(item, Exception):
@@ -134,6 +135,8 @@ class ScriptedEngine:
     """
 
     script: Iterable[TokenEvent | asyncio.Event | Exception]
+    #: For the next requests instead, one each.
+    next_scripts: list[Iterable[TokenEvent | asyncio.Event | Exception]] = field(default_factory=list)
     is_healthy: bool = True
     #: Raised by the next `submit`.
     refusal: Exception | None = None

@@ -250,14 +250,18 @@ def test_flag_of_tgi_that_has_no_effect_starts_with_one_warning(argv):
         ["--speculate", "2"],
         ["--kv-cache-dtype", "fp8_e5m2"],
         ["--lora-adapters", "org/adapter"],
-        ["--watermark-gamma", "0.5"],
-        ["--watermark-delta", "2"],
-        ["--enable-prefill-logprobs"],
         ["--ngrok"],
     ],
 )
 def test_flag_that_would_change_replies_is_refused(argv):
     assert f"{argv[0]} is refused. " in refuse(*argv)
+
+
+def test_flags_of_what_is_told_and_marked():
+    api = parse("--watermark-gamma", "0.25", "--enable-prefill-logprobs", WATERMARK_DELTA="-1.5").config.api
+    assert (api.watermark_gamma, api.watermark_delta, api.enable_prefill_logprobs) == (0.25, -1.5, True)
+    for argv in (["--watermark-gamma", "0"], ["--watermark-gamma", "1.5"], ["--max-top-n-tokens", "129"]):
+        assert "is not in the range" in refuse(*argv)
 
 
 def test_refusal_covers_the_environment_but_not_values_that_ask_for_nothing():

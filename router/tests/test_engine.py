@@ -7,6 +7,7 @@ import pytest
 
 from bros_router.admission import AdmissionController
 from bros_router.engine import EngineModel, StepEngine
+from bros_router.kv.block_hasher import BlockHasher
 from bros_router.kv.kv_manager import KVManager
 from bros_router.metrics import Metrics
 from bros_router.model_source import demo_model_path
@@ -16,7 +17,7 @@ from bros_router.scheduling.scheduler import Scheduler
 from bros_router.scheduling.step_draft import SchedulerLimits
 from bros_router.shard_client import ShardError
 from bros_router.tokenizer import Tokenizer
-from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult
+from bros_shard.protocol import PromptLogprobs, SamplingParams, SequenceResult, StepPlan, StepResult
 from simulated_ranks import ExactModel
 
 EOS, VOCAB_SIZE = 7, 1000
@@ -30,6 +31,8 @@ class InMemoryGroup:
         self.plans: list[StepPlan] = []
         self.scripts: dict[int, list[int]] = {}
         self.positions: dict[int, int] = {}
+        #: Sequences that ask how likely their prompts are.
+        self.told: set[int] = set()
         self.may_answer = asyncio.Event()
         self.may_answer.set()
         self.failure: str | None = None
@@ -40,6 +43,8 @@ class InMemoryGroup:
         for new in plan.new_sequences:
             self.scripts.setdefault(new.sequence_id, new.token_ids[:3])
             self.positions[new.sequence_id] = len(new.token_ids) - 3
+            if new.num_prompt_top_tokens is not None:
+                self.told.add(new.sequence_id)
         self.newest = asyncio.ensure_future(self._answer(plan, self.newest))
         return self.newest
 
@@ -50,12 +55,18 @@ class InMemoryGroup:
         await self.may_answer.wait()
         if self.failure is not None:
             raise ShardError(self.failure)
-        results = []
+        results, prompts = [], []
         for step in plan.sequences:
+            if step.sequence_id in self.told:
+                # The token at each position is as likely as its number says.
+                positions = range(step.num_computed_tokens + 1, step.num_computed_tokens + 1 + step.num_tokens)
+                tops = [[(position, 0.0)] for position in positions]
+                prompts.append(PromptLogprobs(step.sequence_id, positions[0], [-float(p) for p in positions], tops))
             script, position = self.scripts[step.sequence_id], self.positions[step.sequence_id]
             self.positions[step.sequence_id] += 1
-            results.append(SequenceResult(step.sequence_id, script[position % 3], -1.0))
-        return StepResult(plan.generation, plan.step_id, results, 0.0, 0.0, 0.0, 0.0)
+            tops = [(script[position % 3], -1.0), (EOS, -2.0)] if step.sequence_id in self.told else []
+            results.append(SequenceResult(step.sequence_id, script[position % 3], -1.0, top_tokens=tops))
+        return StepResult(plan.generation, plan.step_id, results, 0.0, 0.0, 0.0, 0.0, prompts)
 
 
 @pytest.fixture
@@ -199,6 +210,8 @@ async def test_failed_group_leaves_the_replies_waiting_and_they_go_on_after_a_re
     after = [event.token.token_id async for event in reply]
     assert before + after == [11, 12, 13, 11, 12, 13]
     assert group.plans[-1].generation == 1
+    (known,) = [new for plan in group.plans if plan.generation == 1 for new in plan.new_sequences]
+    assert (known.token_ids, known.num_generated_tokens) == ([11, 12, 13, 11, 12], 2)
     running.cancel()
 
 
@@ -220,3 +233,49 @@ async def test_nothing_is_accepted_after_stop_accepting(engine):
         engine.submit(request(11, 12, 13))
     assert not engine.is_healthy
     assert (await read(reply))[1] is FinishReason.LENGTH
+
+
+async def test_what_is_told_of_a_prompt_comes_with_the_first_token(engine, group):
+    prompt = tuple(range(11, 161))  # three steps of 64 tokens
+    with engine.submit(request(*prompt, max_new_tokens=2, num_prompt_top_tokens=1)) as reply:
+        first, second = [event async for event in reply]
+    assert first.prompt.logprobs == [None, *(-float(position) for position in range(1, 150))]
+    assert first.prompt.top_tokens == [[], *([(position, 0.0)] for position in range(1, 150))]
+    assert second.prompt is None
+    assert [new.num_prompt_top_tokens for plan in group.plans for new in plan.new_sequences] == [1]
+
+
+async def test_likely_tokens_come_with_their_texts(engine):
+    tokenizer = Tokenizer(demo_model_path() / "tokenizer.json")
+    with engine.submit(request(11, 12, 13, max_new_tokens=1, num_prompt_top_tokens=0)) as reply:
+        (event,) = [event async for event in reply]
+    assert [(top.token_id, top.text, top.logprob) for top in event.token.top_tokens] == [
+        (event.token.token_id, *tokenizer.texts([event.token.token_id]), -1.0),
+        (EOS, *tokenizer.texts([EOS]), -2.0),
+    ]
+    assert [top.is_special for top in event.token.top_tokens] == [False, tokenizer.is_special(EOS)]
+
+
+async def test_a_prompt_that_is_told_of_is_neither_read_from_the_cache_nor_put_there(group):
+    kv = KVManager(num_blocks=64, block_size=16)
+    scheduler = Scheduler(
+        FirstComeFirstServed(), kv, ExactModel(), SchedulerLimits(64, 8), hasher=BlockHasher(16, b"salt")
+    )
+    model = EngineModel(Tokenizer(demo_model_path() / "tokenizer.json"), frozenset({EOS}), VOCAB_SIZE)
+    engine = StepEngine(
+        scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64, 64 * 16), group, model, Metrics()
+    )
+    running = asyncio.create_task(engine.run())
+    prompt = tuple(range(11, 61))
+    num_idle = []
+    for wish in (0, None, 0, None):
+        with engine.submit(request(*prompt, max_new_tokens=2, num_prompt_top_tokens=wish)) as reply:
+            await read(reply)
+        num_idle.append(kv.num_idle_blocks)
+    first_steps = {}
+    for plan in group.plans:
+        for step in plan.sequences:
+            first_steps.setdefault(step.sequence_id, step.num_computed_tokens)
+    assert [*first_steps.values()] == [0, 0, 0, 48]
+    assert num_idle[0] == 0 < num_idle[1]
+    running.cancel()

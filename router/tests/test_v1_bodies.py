@@ -9,6 +9,7 @@ from bros_router.api.body import decode_json
 from bros_router.api.errors import Rejection, ValidationError
 from bros_router.api.types import GenerateParameters
 from bros_router.api.v1_bodies import ChatBody, CompletionBody, TgiChatBody, TgiCompletionBody
+from bros_router.api.validation import OpenAIParameters
 from bros_router.request import RequestClass
 
 DATA = "Failed to deserialize the JSON body into the target type: "
@@ -104,6 +105,7 @@ def test_what_openais_clients_send_is_taken(kind, required):
     body = read(kind, required, **fields)
     body.check_supported()
     assert body.parameters() == GenerateParameters(do_sample=True, stop=["END"])
+    assert body.openai == OpenAIParameters()
     assert body.includes_usage is False
     assert read(kind, required, stream_options={"include_usage": True}).includes_usage is True
 
@@ -145,14 +147,32 @@ def test_a_top_p_that_limits_nothing_is_none_and_one_out_of_range_is_still_judge
     [
         ({"stop": ""}, "`stop` must not hold an empty sequence"),
         ({"stop": ["a", ""]}, "`stop` must not hold an empty sequence"),
-        ({"logit_bias": {"50256": -100}}, "`logit_bias` is not supported by this server"),
-        ({"logit_bias": [0.5]}, "`logit_bias` is not supported by this server"),
-        ({"presence_penalty": 0.5}, "`presence_penalty` != 0 is not supported by this server"),
+        ({"logit_bias": [0.5]}, "`logit_bias` as a list is not supported by this server"),
     ],
 )
 @pytest.mark.parametrize(("kind", "required"), OPENAI)
 def test_what_cannot_be_done_is_refused(kind, required, fields, reason):
     assert unsupported(kind, required, **fields) == reason
+
+
+@pytest.mark.parametrize(("kind", "required"), OPENAI)
+def test_what_tgi_does_not_know_is_taken(kind, required):
+    body = read(kind, required, n=3, presence_penalty=0.5, logit_bias={"7": -100, "0": 1.5})
+    assert body.openai == OpenAIParameters(3, 0.5, {7: -100.0, 0: 1.5})
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"n": -1}, "n: Expected `int` >= 0"),
+        ({"logit_bias": {"x": 1}}, "Expected `int`, got `str` - at `key` in `$.logit_bias`"),
+        ({"logit_bias": {"-1": 1}}, "Expected `int` >= 0 - at `key` in `$.logit_bias`"),
+        ({"logit_bias": {"1": "x"}}, "logit_bias[...]: Expected `float`, got `str`"),
+    ],
+)
+@pytest.mark.parametrize(("kind", "required"), OPENAI)
+def test_of_the_wrong_shape_it_is_refused(kind, required, fields, reason):
+    assert refusal(kind, required, **fields) == reason
 
 
 TOOLS = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
@@ -249,16 +269,30 @@ def test_other_prompts_are_refused(prompt, reason):
 
 
 @pytest.mark.parametrize(
-    ("fields", "reason"),
+    ("fields", "best_of", "num_top", "num_prompt_top"),
     [
-        ({"logprobs": 0}, "`logprobs` is not supported by this server"),
-        ({"echo": True}, "`echo` is not supported by this server"),
-        ({"best_of": 2}, "`best_of` > 1 is not supported by this server"),
+        ({}, None, None, None),
+        ({"echo": True}, None, None, None),
+        ({"logprobs": 3}, None, 3, None),
+        ({"logprobs": 3, "echo": True}, None, 3, 3),
+        ({"logprobs": 0, "echo": True}, None, 0, 0),
+        ({"best_of": 1}, None, None, None),
+        ({"best_of": 2}, 2, None, None),
+        ({"best_of": 2, "n": 2}, None, None, None),
+        ({"best_of": 3, "n": 2}, 3, None, None),
     ],
 )
-def test_completions_that_cannot_be_done_are_refused(fields, reason):
-    assert unsupported(CompletionBody, COMPLETION, **fields) == reason
-    read(CompletionBody, COMPLETION, echo=False, best_of=1, logprobs=None).check_supported()
+def test_completions_in_the_words_of_tgi(fields, best_of, num_top, num_prompt_top):
+    body = read(CompletionBody, COMPLETION, **fields)
+    body.check_supported()
+    parameters = body.parameters()
+    assert (parameters.best_of, parameters.top_n_tokens) == (best_of, num_top)
+    assert body.openai.num_prompt_top_tokens == num_prompt_top
+
+
+@pytest.mark.parametrize("fields", [{"best_of": 0}, {"best_of": 2, "n": 3}])
+def test_the_best_are_not_more_than_there_are(fields):
+    assert unsupported(CompletionBody, COMPLETION, **fields) == "`best_of` must be >= `n`"
 
 
 # --- TGI's
@@ -322,6 +356,7 @@ def test_tgi_ignores_what_it_does_not_know():
 )
 def test_tgi_takes_no_tokens(prompt, reason):
     assert refusal(TgiCompletionBody, {"prompt": prompt}) == reason
-    body = read(TgiCompletionBody, {"prompt": ["a", "b"]}, logprobs=5, echo=True, stream_options=7)
+    body = read(TgiCompletionBody, {"prompt": ["a", "b"]}, logprobs=5, echo=True, n=2, best_of=3, stream_options=7)
     body.check_supported()
+    assert (body.logprobs, body.echo, body.openai, body.parameters().best_of) == (None, False, OpenAIParameters(), None)
     assert (body.prompts, body.includes_usage) == (["a", "b"], False)

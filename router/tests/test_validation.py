@@ -7,7 +7,7 @@ import pytest
 
 from bros_router.config import ApiConfig
 from bros_router.request import RequestClass
-from bros_shard.protocol import SamplingParams
+from bros_shard.protocol import SamplingParams, Watermark
 
 PREFIX = "Input validation error: "
 #: `max_input_tokens` is 60 and `max_total_tokens` 64; each `x` is a token, and BOS is one more.
@@ -46,10 +46,6 @@ RULES: list[tuple[dict[str, Any], str]] = [
         {"max_new_tokens": 4294967295},
         "`inputs` tokens + `max_new_tokens` must be <= 64. Given: 3 `inputs` tokens and 1024 `max_new_tokens`",
     ),
-    ({"best_of": 2, "do_sample": True}, "`best_of` > 1 is not supported by this server"),
-    ({"watermark": True}, "`watermark` is not supported by this server"),
-    ({"decoder_input_details": True}, "`decoder_input_details` is not supported by this server"),
-    ({"top_n_tokens": 1}, "`top_n_tokens` > 0 is not supported by this server"),
     ({"grammar": {"type": "regex", "value": "[a-z]+"}}, "`grammar` is not supported by this server"),
     ({"adapter_id": "acme/lora"}, "`adapter_id` is not supported by this server"),
 ]
@@ -80,7 +76,6 @@ LADDER: list[tuple[str, Any, Any, str]] = [
     ("top_n_tokens", 9, 0, "`top_n_tokens` must be >= 0 and <= 5. Given: 9"),
     ("inputs", "", "xx", "`inputs` cannot be empty"),
     ("truncate", 0, None, "`truncate` must be strictly positive and less than 60. Given: 0"),
-    ("watermark", True, False, "`best_of` > 1 is not supported by this server"),
 ]
 
 
@@ -195,12 +190,30 @@ NEUTRAL = {
         ({"frequency_penalty": -2.0}, {"frequency_penalty": -2.0}),
         ({"frequency_penalty": 2}, {"frequency_penalty": 2.0}),
         ({"seed": 2**64 - 1}, {"seed": 2**64 - 1}),
+        ({"top_n_tokens": 5}, {"num_top_tokens": 5}),
+        ({"watermark": True}, {"watermark": Watermark(0.5, 2.0)}),
+        # OpenAI's, not TGI's.
+        ({"presence_penalty": 1.0, "logit_bias": {"1": 1.0}, "n": 3}, {}),
     ],
 )
 async def test_sampling_is_on_where_something_asks_for_it(serve, parameters, changed):
     server = await serve()
     request = await submitted(server, {"inputs": "x", "parameters": {"seed": 7} | parameters})
     assert request.sampling == SamplingParams(**NEUTRAL | changed)
+
+
+async def test_the_operator_says_how_texts_are_marked(serve):
+    server = await serve(ApiConfig(watermark_gamma=0.25, watermark_delta=-1.5))
+    request = await submitted(server, {"inputs": "x", "parameters": {"watermark": True}})
+    assert request.sampling.watermark == Watermark(0.25, -1.5)
+
+
+@pytest.mark.parametrize(("is_enabled", "expected"), [(False, None), (True, 0)])
+async def test_prompts_are_told_of_where_the_server_was_started_for_it(serve, is_enabled, expected):
+    server = await serve(ApiConfig(enable_prefill_logprobs=is_enabled))
+    request = await submitted(server, {"inputs": "x", "parameters": {"decoder_input_details": True}})
+    assert request.num_prompt_top_tokens == expected
+    assert (await submitted(server, {"inputs": "x"})).num_prompt_top_tokens is None
 
 
 async def test_values_are_rounded_to_what_tgi_holds(serve):

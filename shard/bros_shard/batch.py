@@ -11,6 +11,7 @@ from torch import Tensor
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.slots import slots_of
+from bros_shard.prompt_logprobs import PromptChunk
 from bros_shard.protocol import SequenceStep
 from bros_shard.sampling.sampler import SamplingBatch, needs_history
 from bros_shard.sequences import LiveSequence, TokenPool
@@ -27,6 +28,7 @@ class StepBatch:
     sampled_tokens: Tensor  # int64 (len(sampled)): index in [0, T) of each one's last token
     sampled_rows: Tensor  # int64 (len(sampled)): rows of the token pool
     sampled_columns: Tensor  # int64 (len(sampled)): where the next token goes, which is also its position
+    prompt_chunks: list[PromptChunk]  # of the sequences that ask for the log-probabilities of their prompts
 
 
 def build_batch(
@@ -74,6 +76,7 @@ def build_batch(
         sampled_tokens=torch.from_numpy(cu_q[1:][sampled].astype(np.int64) - 1).to(device),
         sampled_rows=torch.from_numpy(rows[sampled]).to(device),
         sampled_columns=torch.from_numpy(seq_lens[sampled]).to(device),
+        prompt_chunks=PromptChunk.find(pairs, cu_q.tolist()),
     )
 
 
@@ -83,7 +86,10 @@ def build_sampling_batch(batch: StepBatch, pool: TokenPool) -> SamplingBatch:
     num_columns = max(
         (sequence.num_known_tokens for sequence in batch.sampled if needs_history(sequence.sampling)), default=0
     )
-    return SamplingBatch(params, pool.read_rows(batch.sampled_rows, num_columns), batch.sampled_columns)
+    num_prompt_tokens = [sequence.num_prompt_tokens for sequence in batch.sampled]
+    return SamplingBatch(
+        params, pool.read_rows(batch.sampled_rows, num_columns), batch.sampled_columns, num_prompt_tokens
+    )
 
 
 def _batch_order(pair: tuple[SequenceStep, LiveSequence]) -> tuple[bool, int]:

@@ -18,9 +18,15 @@ from typing import Annotated, Final, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta, Struct, field
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 #: No honest frame comes near this: a prompt of a million tokens is 5 MB.
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
+#: Most entries of a list of likely tokens: of a generated token, whatever ties, and of a prompt's. A token of a prompt
+#: is told in a frame with all others of the step, so 20 keep steps of 100,000 tokens within a frame.
+MAX_TOP_TOKENS: Final = 128
+MAX_PROMPT_TOP_TOKENS: Final = 20
+#: Most tokens that one request may bias.
+MAX_BIASED_TOKENS: Final = 1024
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -32,6 +38,9 @@ TokenId: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Entry: TypeAlias = Annotated[int, Meta(ge=-(2**31), le=2**31 - 1)]
 #: MessagePack carries infinities; the upper bound keeps them, and NaN, out.
 Seconds: TypeAlias = Annotated[float, Meta(ge=0.0, le=1e9)]
+Logprob: TypeAlias = Annotated[float, Meta(ge=-1e30, le=1e30)]
+#: A token that might have been, and its log-probability.
+RankedToken: TypeAlias = tuple[TokenId, Logprob]
 Name: TypeAlias = Annotated[str, Meta(max_length=1024)]
 Reason: TypeAlias = Annotated[str, Meta(max_length=65536)]
 
@@ -49,10 +58,20 @@ class Part(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
 # --- router -> ranks ---------------------------------------------------------------------------------------
 
 
+class Watermark(Part, frozen=True):
+    """How generated text is marked: see `bros_shard.sampling.watermark`."""
+
+    #: Share of the vocabulary that is green behind each token.
+    gamma: Annotated[float, Meta(gt=0.0, le=1.0)]
+    #: What is added to the logits of green tokens.
+    delta: Annotated[float, Meta(ge=-100.0, le=100.0)]
+
+
 class SamplingParams(Part, frozen=True):
     """How the next token of one sequence is chosen. The defaults are neutral: greedy, nothing applied.
 
-    The stages run in TGI's order: repetition penalty, frequency penalty, temperature, top-k, top-p, typical-p.
+    The stages run in TGI's order: watermark, repetition penalty, frequency penalty, temperature, top-k, top-p,
+    typical-p. OpenAI's stand among them: the bias before the rest, its own penalty after TGI's.
     """
 
     do_sample: bool = False
@@ -64,6 +83,16 @@ class SamplingParams(Part, frozen=True):
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0  # 0.0: off
     #: Key of the counter-based generator; any unsigned 64-bit value. Unused when greedy.
     seed: Annotated[int, Meta(ge=0)] = 0
+    #: Mark the text.
+    watermark: Watermark | None = None
+    #: OpenAI's: what is taken from the logits of tokens that were generated before. 0.0: off
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    #: OpenAI's: what is added to the logits of some tokens, each at most once.
+    logit_bias: Annotated[
+        list[tuple[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]]], Meta(max_length=MAX_BIASED_TOKENS)
+    ] = field(default_factory=list)
+    #: With each token, tell so many of the likeliest ones, and those that tie with the last of them. 0: none
+    num_top_tokens: Annotated[int, Meta(ge=0, le=MAX_TOP_TOKENS)] = 0
 
 
 class NewSequence(Part, frozen=True):
@@ -75,6 +104,10 @@ class NewSequence(Part, frozen=True):
     #: How many tokens the sequence may ever hold, `token_ids` included.
     max_total_tokens: Positive
     sampling: SamplingParams
+    #: How many of the last of `token_ids` were generated: the others are the prompt.
+    num_generated_tokens: Count = 0
+    #: Tell the log-probabilities of the prompt's tokens, with so many of the likeliest ones; `None`: do not.
+    num_prompt_top_tokens: Annotated[int, Meta(ge=0, le=MAX_PROMPT_TOP_TOKENS)] | None = None
 
 
 class SequenceStep(Part, frozen=True):
@@ -224,8 +257,24 @@ class SequenceResult(Part, frozen=True):
     sequence_id: Counter
     token_id: TokenId | None = None
     #: log-softmax of the processed logits at `token_id`; `None` where that is not finite.
-    logprob: Annotated[float, Meta(ge=-1e30, le=1e30)] | None = None
+    logprob: Logprob | None = None
     fault: Reason | None = None
+    #: The likeliest tokens in descending order, those without a finite log-probability left out. Empty: not asked for.
+    top_tokens: Annotated[list[RankedToken], Meta(max_length=MAX_TOP_TOKENS)] = field(default_factory=list)
+
+
+class PromptLogprobs(Part, frozen=True):
+    """What a step gave of a prompt whose log-probabilities are asked for. What is computed anew is told anew."""
+
+    sequence_id: Counter
+    #: Position in the prompt of the first token that this tells of. The prompt's first one follows nothing.
+    first_position: Positive
+    #: log-softmax of the model's logits at each token; `None` where that is not finite.
+    logprobs: Annotated[list[Logprob | None], Meta(max_length=2**22)]
+    #: For each of them, the likeliest tokens in descending order. Empty: none were asked for.
+    top_tokens: Annotated[
+        list[Annotated[list[RankedToken], Meta(max_length=MAX_PROMPT_TOP_TOKENS)]], Meta(max_length=2**22)
+    ] = field(default_factory=list)
 
 
 class StepResult(Message, frozen=True, tag="result"):
@@ -235,10 +284,12 @@ class StepResult(Message, frozen=True, tag="result"):
     sequences: Annotated[list[SequenceResult], Meta(max_length=65536)]
     forward_s: Seconds
     sampling_s: Seconds
-    #: Everything: from the plan's arrival on the rank to this result, but for interruptions.
+    #: What the step's shape tells: from the plan's arrival on the rank to this result, but for interruptions and the
+    #: log-probabilities of prompts.
     step_s: Seconds
     #: From the end of the previous step to this plan's arrival: the rank had nothing to do.
     idle_s: Seconds
+    prompts: Annotated[list[PromptLogprobs], Meta(max_length=65536)] = field(default_factory=list)
 
 
 class Heartbeat(Message, frozen=True, tag="heartbeat"):

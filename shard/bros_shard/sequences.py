@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -20,13 +21,24 @@ class PlanError(Exception):
 class LiveSequence:
     """A sequence between its `NewSequence` and its release. Its token ids are in the `TokenPool`, in row `row`."""
 
-    __slots__ = ("block_table", "max_total_tokens", "num_known_tokens", "row", "sampling", "sequence_id")
+    __slots__ = (
+        "block_table",
+        "max_total_tokens",
+        "num_known_tokens",
+        "num_prompt_tokens",
+        "num_prompt_top_tokens",
+        "row",
+        "sampling",
+        "sequence_id",
+    )
 
     def __init__(self, new: NewSequence, row: int) -> None:
         self.sequence_id = new.sequence_id
         self.sampling: SamplingParams = new.sampling
         self.max_total_tokens = new.max_total_tokens
         self.num_known_tokens = len(new.token_ids)
+        self.num_prompt_tokens = len(new.token_ids) - new.num_generated_tokens
+        self.num_prompt_top_tokens = new.num_prompt_top_tokens
         self.row = row
         self.block_table: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
 
@@ -119,7 +131,10 @@ class SequenceTable:
                 f"sequence {new.sequence_id}: {len(new.token_ids)} tokens of at most {new.max_total_tokens}, "
                 f"the model takes {self._max_length}"
             )
-        if max(new.token_ids) >= self._vocab_size:
+        if new.num_generated_tokens >= len(new.token_ids):
+            raise PlanError(f"sequence {new.sequence_id} has no prompt")
+        biased = (token_id for token_id, _ in new.sampling.logit_bias)
+        if max(chain(new.token_ids, biased)) >= self._vocab_size:
             raise PlanError(f"sequence {new.sequence_id} has a token outside the vocabulary")
         row = self.pool.add(new.token_ids, new.max_total_tokens)
         self._sequences[new.sequence_id] = LiveSequence(new, row)

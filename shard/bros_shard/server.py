@@ -200,8 +200,9 @@ class ShardServer:
                     output.sequences,
                     forward_s=output.forward_s,
                     sampling_s=output.sampling_s,
-                    step_s=self._clock.last_finished_s - started_s - output.interrupted_s,
+                    step_s=self._clock.last_finished_s - started_s - output.interrupted_s - output.prompts_s,
                     idle_s=idle_s,
+                    prompts=output.prompts,
                 )
             )
 

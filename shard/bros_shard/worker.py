@@ -27,7 +27,8 @@ from bros_shard.models.rotary import RopeOverride
 from bros_shard.options import ShardOptions
 from bros_shard.parallel import ParallelGroup
 from bros_shard.profile_cache import ProfileCache, processor_name
-from bros_shard.protocol import SequenceResult, StepPlan, StepShape
+from bros_shard.prompt_logprobs import prompt_logprobs
+from bros_shard.protocol import PromptLogprobs, RankedToken, SequenceResult, StepPlan, StepShape
 from bros_shard.rehearsal import GRID_VERSION, Rehearsal, Scene, largest_scenes, profiled_scenes
 from bros_shard.sampling.sampler import SampledTokens, Sampler
 from bros_shard.sequences import SequenceTable, TokenPool
@@ -60,6 +61,9 @@ class StepOutput:
     sampling_s: float = 0.0
     #: How long other steps ran in the middle of this one; not in the other two.
     interrupted_s: float = 0.0
+    prompts: list[PromptLogprobs] = field(default_factory=list)
+    #: How long these took; not in the others.
+    prompts_s: float = 0.0
 
 
 class Worker:
@@ -222,8 +226,16 @@ class Worker:
         forward_done_s = time.monotonic()
         sampled = self._sample(batch, logits)
         results = self._results(plan, batch, sampled) if self.options.rank == 0 else []
-        forward_s = forward_done_s - started_s - layers.interrupted_s
-        return StepOutput(results, forward_s, time.monotonic() - forward_done_s, layers.interrupted_s)
+        sampling_done_s = time.monotonic()
+        prompts = prompt_logprobs(batch.prompt_chunks, hidden, self._model, self._pool)
+        return StepOutput(
+            results,
+            forward_s=forward_done_s - started_s - layers.interrupted_s,
+            sampling_s=sampling_done_s - forward_done_s,
+            interrupted_s=layers.interrupted_s,
+            prompts=prompts,
+            prompts_s=time.monotonic() - sampling_done_s,
+        )
 
     def _copy(self, plan: StepPlan) -> None:
         """Host copies out, tail moves, host copies in: in this order, since one may free the slots of the next."""
@@ -252,8 +264,9 @@ class Worker:
         results = {step.sequence_id: SequenceResult(step.sequence_id) for step in plan.sequences}
         if sampled is not None:
             columns = sampled.token_ids.tolist(), sampled.logprobs.tolist(), sampled.is_valid.tolist()
-            for sequence, token_id, logprob, is_valid in zip(batch.sampled, *columns, strict=True):
-                results[sequence.sequence_id] = _result(sequence.sequence_id, token_id, logprob, is_valid)
+            for row, (sequence, token_id, logprob, is_valid) in enumerate(zip(batch.sampled, *columns, strict=True)):
+                top_tokens = sampled.top_tokens.get(row, [])
+                results[sequence.sequence_id] = _result(sequence.sequence_id, token_id, logprob, is_valid, top_tokens)
         return list(results.values())
 
     def _install_region(self, num_blocks: int, num_host_blocks: int) -> None:
@@ -333,10 +346,12 @@ def _are_alike(known: list[tuple[StepShape, float]], played: list[tuple[StepShap
     return bool(ratios) and 1 / _LARGEST_CHANGE <= ratios[len(ratios) // 2] <= _LARGEST_CHANGE
 
 
-def _result(sequence_id: int, token_id: int, logprob: float, is_valid: bool) -> SequenceResult:
+def _result(
+    sequence_id: int, token_id: int, logprob: float, is_valid: bool, top_tokens: list[RankedToken]
+) -> SequenceResult:
     if not is_valid:
         return SequenceResult(sequence_id, fault=NO_TOKEN_FAULT)
-    return SequenceResult(sequence_id, token_id, logprob if math.isfinite(logprob) else None)
+    return SequenceResult(sequence_id, token_id, logprob if math.isfinite(logprob) else None, top_tokens=top_tokens)
 
 
 def _device(options: ShardOptions) -> torch.device:

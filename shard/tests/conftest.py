@@ -18,6 +18,7 @@ from bros_shard.options import ShardOptions
 from bros_shard.protocol import (
     HostCopy,
     NewSequence,
+    RankedToken,
     SamplingParams,
     SequenceResult,
     SequenceStep,
@@ -396,16 +397,30 @@ class ScriptedRouter:
         self._random = random.Random(0)
         self._free = self._random.sample(range(worker.num_blocks), worker.num_blocks)
         self._free_host = list(range(worker.cache.num_host_blocks))
+        #: What was told of prompts: by sequence, a list for each position, which grows where it is told again.
+        self.prompts: dict[int, dict[int, list[tuple[float | None, list[RankedToken]]]]] = {}
         self._sequences: dict[int, _Scripted] = {}
         self._known: set[int] = set()
         self._owners: dict[int, list[int]] = {}
         #: Prompts that come in the middle of a step, one a step.
         self.arriving: list[list[int]] = []
 
-    def add(self, prompt: list[int], direction: str = "forward", sampling: SamplingParams = SAMPLING) -> int:
+    def add(
+        self,
+        prompt: list[int],
+        direction: str = "forward",
+        sampling: SamplingParams = SAMPLING,
+        num_prompt_top_tokens: int | None = None,
+    ) -> int:
         """Queue a sequence that generates NUM_NEW_TOKENS; direction is forward, reversed or mixed. Returns its id."""
         sequence_id = len(self._sequences)
-        new = NewSequence(sequence_id, list(prompt), len(prompt) + NUM_NEW_TOKENS, sampling)
+        new = NewSequence(
+            sequence_id,
+            list(prompt),
+            len(prompt) + NUM_NEW_TOKENS,
+            sampling,
+            num_prompt_top_tokens=num_prompt_top_tokens,
+        )
         signs = {"forward": (1,), "reversed": (-1,), "mixed": (1, -1)}[direction]
         self._sequences[sequence_id] = _Scripted(new, list(prompt), signs)
         return sequence_id
@@ -462,9 +477,16 @@ class ScriptedRouter:
         plan = StepPlan(0, len(self.plans), **parts)
         self.plans.append(plan)
         if not (plan.sequences and self.arriving) or plan.is_interruption:
-            return self._worker.execute(plan).sequences
-        layers_left = itertools.count(self._random.randrange(self._worker.cache.region.shape[0]), -1)
-        return self._worker.execute(plan, lambda: self._interrupt() if next(layers_left) == 0 else 0.0).sequences
+            output = self._worker.execute(plan)
+        else:
+            layers_left = itertools.count(self._random.randrange(self._worker.cache.region.shape[0]), -1)
+            output = self._worker.execute(plan, lambda: self._interrupt() if next(layers_left) == 0 else 0.0)
+        for prompt in output.prompts:
+            told = self.prompts.setdefault(prompt.sequence_id, {})
+            tops = prompt.top_tokens or [[] for _ in prompt.logprobs]
+            for position, item in enumerate(zip(prompt.logprobs, tops, strict=True), start=prompt.first_position):
+                told.setdefault(position, []).append(item)
+        return output.sequences
 
     def _interrupt(self) -> float:
         """Run a whole prompt between two layers of a step."""

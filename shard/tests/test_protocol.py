@@ -23,6 +23,7 @@ from bros_shard.protocol import (
     NewSequence,
     Profile,
     Progress,
+    PromptLogprobs,
     SamplingParams,
     SequenceResult,
     SequenceStep,
@@ -31,13 +32,23 @@ from bros_shard.protocol import (
     StepResult,
     StepShape,
     TailMove,
+    Watermark,
     decode_from_rank,
     decode_from_router,
     encode,
 )
 
 HELLO = Hello(3, 1, 0, 2, "demo", "abc", "bfloat16", "cpu", 4096, 2048, 100, 64, 0, 65536, True)
-RESULT = StepResult(3, 9, [SequenceResult(1, 17, -0.25), SequenceResult(2, fault="nan")], 0.01, 0.002, 0.013, 0.0)
+RESULT = StepResult(
+    3,
+    9,
+    [SequenceResult(1, 17, -0.25, top_tokens=[(17, -0.25), (4, -3.0)]), SequenceResult(2, fault="nan")],
+    0.01,
+    0.002,
+    0.013,
+    0.0,
+    [PromptLogprobs(1, 64, [-1.5, None], [[(8, -0.5)], []])],
+)
 
 #: Every message, and the plain values that any MessagePack reader must see in its frame.
 MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
@@ -46,7 +57,19 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
             3,
             9,
             [SequenceStep(1, 64, 1, 1, [-3])],
-            [NewSequence(2, [5, 6], 40, SamplingParams(True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 2**64 - 1))],
+            [
+                NewSequence(2, [5, 6], 40, SamplingParams(True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 2**64 - 1)),
+                NewSequence(
+                    3,
+                    [5, 6],
+                    40,
+                    SamplingParams(
+                        watermark=Watermark(0.5, 2.0), presence_penalty=1.0, logit_bias=[(7, -100.0)], num_top_tokens=5
+                    ),
+                    num_generated_tokens=1,
+                    num_prompt_top_tokens=0,
+                ),
+            ],
             [7],
             [HostCopy(-2, 4, 16)],
             [TailMove(-5, -6, 3)],
@@ -58,7 +81,10 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
             3,
             9,
             [[1, 64, 1, 1, [-3]]],
-            [[2, [5, 6], 40, [True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 18446744073709551615]]],
+            [
+                [2, [5, 6], 40, [True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 18446744073709551615, None, 0.0, [], 0], 0, None],
+                [3, [5, 6], 40, [False, 1.0, 0, 1.0, 1.0, 1.0, 0.0, 0, [0.5, 2.0], 1.0, [[7, -100.0]], 5], 1, 0],
+            ],
             [7],
             [[-2, 4, 16]],
             [[-5, -6, 3]],
@@ -72,7 +98,20 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
         Profile(3, [(StepShape(512, 1, 4, 131072.0, 900, 64), 0.25)]),
         ["profile", 3, [[[512, 1, 4, 131072.0, 900, 64], 0.25]]],
     ),
-    (RESULT, ["result", 3, 9, [[1, 17, -0.25, None], [2, None, None, "nan"]], 0.01, 0.002, 0.013, 0.0]),
+    (
+        RESULT,
+        [
+            "result",
+            3,
+            9,
+            [[1, 17, -0.25, None, [[17, -0.25], [4, -3.0]]], [2, None, None, "nan", []]],
+            0.01,
+            0.002,
+            0.013,
+            0.0,
+            [[1, 64, [-1.5, None], [[[8, -0.5]], []]]],
+        ],
+    ),
     (Heartbeat(3, 10, 0.5, True, 1 << 30), ["heartbeat", 3, 10, 0.5, True, 1073741824]),
     (Progress(3, "loading", 5, 10), ["progress", 3, "loading", 5, 10]),
     (Drain(3), ["drain", 3]),
@@ -129,6 +168,9 @@ def test_messages_of_the_other_direction_are_refused():
         ),
         *(StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(top_p=value))]) for value in (0.0, 1.5, math.nan)),
         StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(frequency_penalty=math.nan))]),
+        StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(logit_bias=[(1, math.inf)]))]),
+        StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(watermark=Watermark(0.0, 1.0)))]),
+        StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(num_top_tokens=129))]),
     ],
 )
 def test_value_out_of_bounds_from_the_router_is_refused(message):
@@ -141,6 +183,9 @@ def test_value_out_of_bounds_from_the_router_is_refused(message):
     [
         StepResult(0, 0, [SequenceResult(0, 2**31)], 0.0, 0.0, 0.0, 0.0),
         StepResult(0, 0, [SequenceResult(0, 1, math.nan)], 0.0, 0.0, 0.0, 0.0),
+        StepResult(0, 0, [SequenceResult(0, 1, -1.0, top_tokens=[(1, -math.inf)])], 0.0, 0.0, 0.0, 0.0),
+        StepResult(0, 0, [SequenceResult(0, 1, -1.0, top_tokens=[(1, -1.0)] * 129)], 0.0, 0.0, 0.0, 0.0),
+        StepResult(0, 0, [], 0.0, 0.0, 0.0, 0.0, [PromptLogprobs(0, 0, [-1.0])]),
         StepResult(0, 0, [], math.inf, 0.0, 0.0, 0.0),
         StepResult(0, 0, [], 0.0, 0.0, -1.0, 0.0),
         Progress(0, "exploding", 0, 1),

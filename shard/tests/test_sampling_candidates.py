@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers import TypicalLogitsWarper
 
 from bros_shard.sampling.candidates import Candidates
 from bros_shard.sampling.mass import masses_of, shift_to_zero, total_mass
@@ -107,6 +108,17 @@ def test_typical_p_is_judged_on_what_is_left() -> None:
     candidates = select_probabilities(0.5, 0.3, 0.15, 0.05).keep_top_k(torch.tensor([2]))
     # Of 0.625 and 0.375 the entropy is 0.662; distances 0.192 and 0.319.
     assert kept(candidates.keep_typical(numbers(0.6))) == [0]
+
+
+@pytest.mark.parametrize("typical_p", [0.1, 0.3, 0.5, 0.8, 0.95, 0.999])
+def test_typical_p_keeps_what_transformers_keeps(typical_p: float) -> None:
+    logits = torch.randn(20, 200, generator=torch.Generator().manual_seed(6)) * torch.linspace(0.2, 6.0, 20)[:, None]
+    warped = TypicalLogitsWarper(mass=typical_p)(torch.zeros(20, 1), logits.double())
+    candidates = select(logits.tolist()).keep_typical(numbers(*[typical_p] * 20))
+    for row in range(20):
+        # What is too unlikely to have mass is never kept.
+        possible = (logits[row] - logits[row].max() > -23.0) & warped[row].isfinite()
+        assert kept(candidates, row) == possible.nonzero()[:, 0].tolist()
 
 
 def test_tokens_at_minus_infinity_never_have_mass() -> None:

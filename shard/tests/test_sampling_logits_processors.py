@@ -14,6 +14,8 @@ from transformers import RepetitionPenaltyLogitsProcessor
 
 from bros_shard.sampling.logits_processors import (
     apply_frequency_penalty,
+    apply_logit_bias,
+    apply_presence_penalty,
     apply_repetition_penalty,
     apply_temperature,
 )
@@ -92,3 +94,20 @@ def test_no_temperature_makes_a_finite_row_unusable(temperature: float) -> None:
     assert scaled[0, 0] == scaled[0, 2] == 0.0
     assert scaled[0, 1] < 0.0
     assert not scaled.isnan().any()
+
+
+def test_presence_penalty_counts_what_was_generated_once() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0]])
+    history = torch.tensor([[0, 1, 2, 2, -1], [3, 3, 3, 0, 1]])
+    penalised = apply_presence_penalty(
+        logits, history, torch.tensor([1, 2]), torch.tensor([4, 5]), torch.tensor([1.5, -0.5])
+    )
+    assert penalised.tolist() == [[0.0, -1.5, -1.5, 0.0], [0.5, 0.5, 0.0, 0.5]]
+    assert not logits.any()
+
+
+def test_logit_bias_is_added_to_the_rows_that_have_one() -> None:
+    logits = torch.tensor([[1.0, 2.0, -math.inf], [1.0, 2.0, 3.0]])
+    biased = apply_logit_bias(logits, [[(0, 100.0), (2, 100.0)], []])
+    assert biased.tolist() == [[101.0, 2.0, -math.inf], [1.0, 2.0, 3.0]]
+    assert logits[0, 0] == 1.0

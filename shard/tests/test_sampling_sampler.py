@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from bros_kernels.torch_kernels import TorchKernels
-from bros_shard.protocol import SamplingParams
+from bros_shard.protocol import SamplingParams, Watermark
 from bros_shard.sampling.sampler import SampledTokens, Sampler, SamplingBatch, needs_history
 
 INF = math.inf
@@ -30,8 +32,13 @@ devices = pytest.mark.parametrize(
 )
 
 
-def sample(logits: Tensor, params: list[SamplingParams], histories: list[list[int]] | None = None) -> SampledTokens:
-    """Sample with these histories; without any, every row is at position 10."""
+def sample(
+    logits: Tensor,
+    params: list[SamplingParams],
+    histories: list[list[int]] | None = None,
+    num_prompt_tokens: list[int] | None = None,
+) -> SampledTokens:
+    """Sample with these histories, all prompt unless told; without any, every row is at position 10."""
     if histories is None:
         token_ids, lengths = torch.zeros(len(params), 0, dtype=torch.int64), torch.full((len(params),), 10)
     else:
@@ -40,7 +47,7 @@ def sample(logits: Tensor, params: list[SamplingParams], histories: list[list[in
         lengths = torch.tensor([len(history) for history in histories])
     device = logits.device
     return Sampler(TorchKernels(torch.float32)).sample(
-        logits, SamplingBatch(params, token_ids.to(device), lengths.to(device))
+        logits, SamplingBatch(params, token_ids.to(device), lengths.to(device), num_prompt_tokens or lengths.tolist())
     )
 
 
@@ -52,13 +59,15 @@ class Ambiguous(Exception):
 
 
 def reference_logprobs(
-    logits: list[float], params: SamplingParams, history: list[int], margin: float
+    logits: list[float], params: SamplingParams, history: list[int], num_prompt_tokens: int, margin: float
 ) -> dict[int, float]:
     """Logprobs of the tokens that are left. Logits in float32, as specified; probabilities in float64.
 
     Raises `Ambiguous` where a probability comes closer than `margin` to a filter's boundary.
     """
     scores = np.array(logits, dtype=np.float32)
+    for token_id, bias in params.logit_bias:
+        scores[token_id] += np.float32(bias)
     if params.repetition_penalty != 1.0:
         penalty = np.float32(params.repetition_penalty)
         for token_id in set(history):
@@ -66,6 +75,8 @@ def reference_logprobs(
     if params.frequency_penalty != 0.0:
         for token_id, count in Counter(history).items():
             scores[token_id] -= np.float32(params.frequency_penalty) / np.float32(len(history)) * np.float32(count)
+    for token_id in set(history[num_prompt_tokens:]):
+        scores[token_id] -= np.float32(params.presence_penalty)
     if params.temperature != 1.0:
         scores = (scores - scores.max()) / np.float32(params.temperature)
     left = {token_id: float(score) for token_id, score in enumerate(scores) if score > -INF}
@@ -130,6 +141,9 @@ sampling_params = st.builds(
     typical_p=st.just(1.0) | st.floats(1e-3, 1.0),
     repetition_penalty=st.sampled_from([1.0, 1.0, 0.5, 1.3]),
     frequency_penalty=st.sampled_from([0.0, 0.0, -2.0, 0.5, 2.0]),
+    presence_penalty=st.sampled_from([0.0, 0.0, -2.0, 0.5, 2.0]),
+    logit_bias=st.sampled_from([[], [], [(0, 5.0)], [(0, -100.0)]]),
+    num_top_tokens=st.sampled_from([0, 0, 1, 4]),
     seed=st.integers(0, 2**64 - 1),
 )
 
@@ -141,14 +155,28 @@ def agrees_with_reference(
     params: SamplingParams,
     history: list[int],
     margin: float,
+    num_prompt_tokens: int = 0,
 ) -> None:
-    expected = reference_logprobs(logits, params, history, margin)
+    expected = reference_logprobs(logits, params, history, num_prompt_tokens, margin)
     token_id, logprob = int(tokens.token_ids[row]), float(tokens.logprobs[row])
     assert tokens.is_valid[row]
     assert token_id in expected
     assert logprob == pytest.approx(expected[token_id], rel=1e-5, abs=1e-5)
     if not params.do_sample:
         assert token_id == min(expected, key=lambda candidate: (-expected[candidate], candidate))
+    lists_the_likeliest(tokens.top_tokens.get(row, []), expected, params.num_top_tokens)
+    assert dict(tokens.top_tokens.get(row, [])).get(token_id, logprob) == logprob
+
+
+def lists_the_likeliest(listed: list[tuple[int, float]], expected: dict[int, float], count: int) -> None:
+    descending = sorted(expected.values(), reverse=True)
+    nth = descending[min(count, len(descending)) - 1] if count else INF
+    # A token of less than 2**-34 of the best one's probability counts as impossible to filters.
+    certain = {i for i, logprob in expected.items() if logprob >= nth + 1e-4 and logprob > descending[0] - 23.0}
+    assert certain <= {token_id for token_id, _ in listed}
+    for token_id, logprob in listed:
+        assert logprob == pytest.approx(expected[token_id], rel=1e-5, abs=1e-5)
+        assert logprob >= nth - 1e-4
 
 
 @settings(max_examples=300)
@@ -158,10 +186,11 @@ def test_tokens_and_logprobs_are_those_of_the_reference(data: st.DataObject) -> 
     history_tokens = st.lists(st.integers(0, len(logits) - 1), min_size=1, max_size=12)
     params = data.draw(st.lists(sampling_params, min_size=1, max_size=6))
     histories = [data.draw(history_tokens) for _ in params]
-    tokens = sample(torch.tensor([logits] * len(params)), params, histories)
+    num_prompt_tokens = [data.draw(st.integers(0, len(history))) for history in histories]
+    tokens = sample(torch.tensor([logits] * len(params)), params, histories, num_prompt_tokens)
     for row, (row_params, history) in enumerate(zip(params, histories, strict=True)):
         try:
-            agrees_with_reference(tokens, row, logits, row_params, history, margin=1e-5)
+            agrees_with_reference(tokens, row, logits, row_params, history, 1e-5, num_prompt_tokens[row])
         except Ambiguous:
             continue
 
@@ -193,7 +222,7 @@ def test_any_number_of_candidates_gives_the_reference(params: SamplingParams, sh
         "flat": 0.01 * noise,
         "tied": noise.round(),
     }[shape]
-    rows = [replace(params, seed=seed) for seed in range(8)]
+    rows = [replace(params, seed=seed, num_top_tokens=seed) for seed in range(8)]
     tokens = sample(logits.expand(8, -1), rows)
     for row, row_params in enumerate(rows):
         agrees_with_reference(tokens, row, logits.tolist(), row_params, [], margin=0.0)
@@ -256,11 +285,14 @@ def test_no_rows_give_no_tokens() -> None:
     ("params", "expected"),
     [
         (SamplingParams(do_sample=True, temperature=0.5, top_k=3, top_p=0.5, typical_p=0.5, seed=9), False),
+        (SamplingParams(logit_bias=[(3, 1.0)], num_top_tokens=5), False),
+        (SamplingParams(presence_penalty=1.0), True),
+        (SamplingParams(watermark=Watermark(0.5, 2.0)), True),
         (SamplingParams(repetition_penalty=1.1), True),
         (SamplingParams(frequency_penalty=-0.5), True),
     ],
 )
-def test_only_penalties_need_history(params: SamplingParams, expected: bool) -> None:
+def test_only_penalties_and_marks_need_history(params: SamplingParams, expected: bool) -> None:
     assert needs_history(params) is expected
 
 
@@ -289,13 +321,13 @@ def test_draws_follow_the_processed_probabilities(params: SamplingParams, vary: 
     seeds = ascending.tolist() if vary == "seed" else [7] * NUM_DRAWS
     rows = [SamplingParams(do_sample=True, top_k=params.top_k, seed=seed) for seed in seeds]
     lengths = torch.full((NUM_DRAWS,), 3) if vary == "seed" else ascending
-    batch = SamplingBatch(rows, torch.zeros(NUM_DRAWS, 0, dtype=torch.int64), lengths)
+    batch = SamplingBatch(rows, torch.zeros(NUM_DRAWS, 0, dtype=torch.int64), lengths, [0] * NUM_DRAWS)
     tokens = Sampler(TorchKernels(torch.float32)).sample(logits.expand(NUM_DRAWS, -1), batch)
     assert chi_square(tokens.token_ids, probabilities) < 43.8  # 0.999 quantile, 19 degrees of freedom
 
 
 def mixed_params() -> list[SamplingParams]:
-    kinds: list[dict[str, float]] = [
+    kinds: list[dict[str, Any]] = [
         {},
         {"do_sample": True},
         {"do_sample": True, "temperature": 0.7},
@@ -308,9 +340,15 @@ def mixed_params() -> list[SamplingParams]:
         {"do_sample": True, "frequency_penalty": 0.7, "repetition_penalty": 0.9},
         {"temperature": 3.0},
         {"top_k": 5, "frequency_penalty": -1.0},
+        {"num_top_tokens": 3},
+        {"do_sample": True, "num_top_tokens": 7, "presence_penalty": 1.5},
+        {"do_sample": True, "top_k": 30, "num_top_tokens": 4, "logit_bias": [(3, 2.5), (256, -100.0)]},
+        {"logit_bias": [(5, 30.0)]},
+        {"watermark": Watermark(0.5, 2.0)},
+        {"do_sample": True, "watermark": Watermark(0.25, 4.0), "top_p": 0.8, "repetition_penalty": 1.2},
     ]
     # Every kind with several seeds, and the full range of one.
-    return [SamplingParams(**kinds[row % len(kinds)], seed=2**64 - 1 - row) for row in range(32)]  # type: ignore[arg-type]
+    return [SamplingParams(**kinds[row % len(kinds)], seed=2**64 - 1 - row) for row in range(36)]
 
 
 # Rows of an odd vocabulary start at any alignment; 65,537 is more than torch sums in one piece.
@@ -318,18 +356,44 @@ def mixed_params() -> list[SamplingParams]:
 @pytest.mark.parametrize("vocab_size", [257, 4999, 65_537])
 def test_a_row_gets_the_same_token_alone_and_in_any_batch(vocab_size: int, device: str) -> None:
     generator = torch.Generator().manual_seed(vocab_size)
-    logits = (torch.randn(32, vocab_size, generator=generator) * 2).to(device)
-    histories = [torch.randint(vocab_size, (1 + row,), generator=generator).tolist() for row in range(32)]
+    logits = (torch.randn(36, vocab_size, generator=generator) * 2).to(device)
+    histories = [torch.randint(vocab_size, (1 + row,), generator=generator).tolist() for row in range(36)]
     params = mixed_params()
     together = sample(logits, params, histories)
     backwards = sample(logits.flip(0), params[::-1], histories[::-1])
     assert torch.equal(backwards.token_ids.flip(0), together.token_ids)
-    for row in range(32):
+    for row in range(36):
         alone = sample(logits[row : row + 1].clone(), [params[row]], [histories[row]])
         assert torch.equal(alone.token_ids[0], together.token_ids[row])
         torch.testing.assert_close(
             alone.logprobs[0], together.logprobs[row], rtol=0, atol=0 if device == "cpu" else 1e-5
         )
+        if device == "cpu":
+            assert alone.top_tokens.get(0) == together.top_tokens.get(row)
+
+
+class _Operations(TorchDispatchMode):
+    """Writes down what PyTorch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_what_nobody_asks_for_costs_nothing() -> None:
+    logits = torch.randn(4, 100)
+    batch = SamplingBatch([SamplingParams()] * 4, torch.zeros(4, 0, dtype=torch.int64), torch.full((4,), 9), [9] * 4)
+    kernels = TorchKernels(torch.float32)
+    with _Operations() as needed:
+        kernels.most_likely(logits)
+        torch.zeros(4).isfinite()
+    with _Operations() as done:
+        Sampler(kernels).sample(logits, batch)
+    assert len(done.names) == len(needed.names) - 1  # but for the zeros
 
 
 def test_the_token_depends_on_seed_and_position() -> None:
@@ -350,22 +414,22 @@ UNUSABLE = {"nan": [1.0, math.nan, 3.0], "inf": [1.0, INF, 3.0], "both": [math.n
 @pytest.mark.parametrize("kind", UNUSABLE)
 def test_an_unusable_row_is_marked_and_leaves_the_others_alone(kind: str, device: str) -> None:
     generator = torch.Generator().manual_seed(11)
-    logits = torch.randn(32, 700, generator=generator)
+    logits = torch.randn(36, 700, generator=generator)
     if kind == "nothing":
         bad = torch.full((700,), -INF)
     else:
         bad = torch.randn(700, generator=generator)
         bad[[0, 350, 699]] = torch.tensor(UNUSABLE[kind])
     params = mixed_params()
-    histories = [[1, 2, 3]] * 32
+    histories = [[1, 2, 3]] * 36
     clean = sample(logits.to(device), params, histories)
     assert clean.is_valid.all()
-    for bad_row in range(12):  # each kind of parameters once
+    for bad_row in range(18):  # each kind of parameters once
         spoilt = logits.clone()
         spoilt[bad_row] = bad
         tokens = sample(spoilt.to(device), params, histories)
-        others = [row for row in range(32) if row != bad_row]
-        assert tokens.is_valid.tolist() == [row != bad_row for row in range(32)]
+        others = [row for row in range(36) if row != bad_row]
+        assert tokens.is_valid.tolist() == [row != bad_row for row in range(36)]
         assert 0 <= int(tokens.token_ids[bad_row]) < 700
         assert torch.equal(tokens.token_ids[others], clean.token_ids[others])
         assert torch.equal(tokens.logprobs[others], clean.logprobs[others])

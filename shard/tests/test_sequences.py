@@ -37,6 +37,11 @@ def make_table() -> SequenceTable:
         ({"new_sequences": [new(1, 41, 40)]}, "sequence 1: 41 tokens of at most 40, the model takes 64"),
         ({"new_sequences": [new(1, 20, 65)]}, "sequence 1: 20 tokens of at most 65, the model takes 64"),
         ({"new_sequences": [new(1, token=100)]}, "sequence 1 has a token outside the vocabulary"),
+        (
+            {"new_sequences": [NewSequence(1, [1], 9, SamplingParams(logit_bias=[(3, 1.0), (100, 1.0)]))]},
+            "sequence 1 has a token outside the vocabulary",
+        ),
+        ({"new_sequences": [NewSequence(1, [1], 9, SamplingParams(), 1)]}, "sequence 1 has no prompt"),
         ({"sequences": [SequenceStep(1, 0, 1, 0, [1])]}, "sequence 1 is not known"),
         ({"releases": [0], "sequences": [SequenceStep(0, 0, 20, 2, [])]}, "sequence 0 is not known"),
         ({"sequences": [SequenceStep(0, 0, 1, 2, [])] * 2}, "a sequence stands twice in a step"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 
+import msgspec
 import structlog
 from aiohttp import web
 
@@ -14,6 +15,7 @@ from bros_router.admission import Permits
 from bros_router.api import errors
 from bros_router.api.dialect import Dialect
 from bros_router.api.service_level import ServiceLevel
+from bros_router.api.together import together
 from bros_router.api.validation import NUM_JUDGED_NEW_TOKENS, InferenceRequest, Validator
 from bros_router.chat_templates.renderer import TemplateRenderer
 from bros_router.config import ApiConfig
@@ -25,6 +27,7 @@ from bros_router.request import (
     Generation,
     GenerationError,
     OverloadedError,
+    PromptDetails,
     RefusedError,
     RequestClass,
     ServiceUnavailableError,
@@ -145,6 +148,8 @@ class WholeReply:
     tokens: list[Token]
     finish: Finish
     timings: Timings
+    #: Where it was asked for.
+    prompt: PromptDetails | None
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -152,24 +157,42 @@ class WholeReply:
         return len(self.call.request.prompt_token_ids)
 
 
-async def whole_reply(api: Api, request: InferenceRequest, level: ServiceLevel) -> WholeReply:
-    """Run a request to its end. Raises `ApiError` where it is refused, or fails."""
-    async with inference_call(api, request, level, is_stream=False) as call:
-        tokens: list[Token] = []
-        finish: Finish | None = None
-        async for event in call.generation:
-            tokens.append(event.token)
-            finish = event.finish
-        if finish is None:
-            raise errors.IncompleteGenerationError
-        return WholeReply(call, tokens, finish, call.succeeded(finish))
+async def whole_replies(api: Api, request: InferenceRequest, level: ServiceLevel) -> list[WholeReply]:
+    """Run every sequence of a request to its end. Raises `ApiError` where it is refused, or one of them fails."""
+    async with inference_calls(api, request, level, is_stream=False) as calls:
+        return await together(_whole_reply(call) for call in calls)
+
+
+async def _whole_reply(call: Call) -> WholeReply:
+    tokens: list[Token] = []
+    finish: Finish | None = None
+    prompt: PromptDetails | None = None
+    async for event in call.generation:
+        tokens.append(event.token)
+        finish = event.finish
+        prompt = event.prompt or prompt
+    if finish is None:
+        raise errors.IncompleteGenerationError
+    return WholeReply(call, tokens, finish, call.succeeded(finish), prompt)
 
 
 @asynccontextmanager
 async def inference_call(
     api: Api, request: InferenceRequest, level: ServiceLevel, *, is_stream: bool
 ) -> AsyncIterator[Call]:
-    """Admit, validate and queue a request. Leaving the block ends its sequence and gives its permit back.
+    """As `inference_calls`, for a request of one sequence."""
+    async with inference_calls(api, request, level, is_stream=is_stream) as calls:
+        (call,) = calls
+        yield call
+
+
+@asynccontextmanager
+async def inference_calls(
+    api: Api, request: InferenceRequest, level: ServiceLevel, *, is_stream: bool
+) -> AsyncIterator[list[Call]]:
+    """Admit, validate and queue a request: each of its sequences as one of its own, with a permit of its own.
+
+    It gets all of them or none. Leaving the block ends what has not ended, and gives the permits back.
 
     Raises:
         ApiError: it was refused, or failed inside the block.
@@ -178,8 +201,10 @@ async def inference_call(
     model, engine = api.served()
     api.metrics.request_received()
     try:
-        api.validator.check_before_admission(request.parameters, is_stream=is_stream)
-        with api.permits[level.request_class].take():
+        api.validator.check_before_admission(request, is_stream=is_stream)
+        with ExitStack() as held:
+            for _ in range(request.num_sequences):
+                held.enter_context(api.permits[level.request_class].take())
             valid = await api.validator.validate(request, level, model)
             api.metrics.request_validated(
                 len(valid.prompt_token_ids),
@@ -187,13 +212,25 @@ async def inference_call(
                 max_input_tokens=model.max_input_tokens,
                 max_total_tokens=model.max_total_tokens,
             )
-            with engine.submit(valid) as generation:
+            calls = []
+            for index in range(request.num_sequences):
+                if index:
+                    api.metrics.request_received()  # from here on, each ends as one of its own
+                sequence = _sequence(valid, index)
+                generation = held.enter_context(engine.submit(sequence))
                 api.metrics.request_admitted(level.request_class, generation.terms.admission)
-                yield Call(api, valid, generation, arrived_s)
+                calls.append(Call(api, sequence, generation, arrived_s))
+            yield calls
     except ConnectionError:
         raise  # the client is gone: its sequence was ended, and the engine counted it
     except Exception as error:
         raise _counted(error, api, engine, level) from None
+
+
+def _sequence(request: ValidRequest, index: int) -> ValidRequest:
+    """One of the sequences of a request: they differ in their seeds."""
+    seed = (request.sampling.seed + index) % 2**64
+    return replace(request, sampling=msgspec.structs.replace(request.sampling, seed=seed))
 
 
 @contextmanager

@@ -8,13 +8,14 @@ from typing import Final
 from aiohttp import web
 
 from bros_router.api import errors
-from bros_router.api.call import API, Api, inference_call, preparation, whole_reply
+from bros_router.api.call import API, Api, Call, inference_calls, preparation, whole_replies
 from bros_router.api.chat_message import cut_behind
 from bros_router.api.dialect import ASSISTANT
 from bros_router.api.exchange import json_response, read_body, read_for_inference, stream_response
 from bros_router.api.headers import compute_headers, compute_time_header, terms_headers, timing_headers
 from bros_router.api.service_level import ServiceLevel, service_level
 from bros_router.api.sse import EventStream
+from bros_router.api.together import together
 from bros_router.api.v1_bodies import AnyChatBody
 from bros_router.api.v1_replies import (
     LAST_EVENT,
@@ -54,6 +55,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
             body.parameters(),
             adds_special_tokens=False,
             cuts_stop_sequences=api.dialect.cuts_stop_sequences,
+            openai=body.openai,
         )
     named = None if body.model == _PLACEHOLDER_MODEL else body.model
     chat = _Chat(
@@ -115,44 +117,50 @@ class _Chat:
 
     async def answer(self) -> web.Response:
         """The whole reply as one object."""
-        reply = await whole_reply(self.api, self.inference, self.level)
-        choice = ChatChoice(
-            index=0,
-            message=AssistantMessage(ASSISTANT, reply.finish.generated_text),
-            logprobs=logprobs(reply.tokens) if self.body.logprobs else None,
-            finish_reason=self.api.dialect.finish_reason(reply.finish.reason),
-        )
-        head = self.head
+        replies = await whole_replies(self.api, self.inference, self.level)
+        choices = [
+            ChatChoice(
+                index=index,
+                message=AssistantMessage(ASSISTANT, reply.finish.generated_text),
+                logprobs=logprobs(reply.tokens) if self.body.logprobs else None,
+                finish_reason=self.api.dialect.finish_reason(reply.finish.reason),
+            )
+            for index, reply in enumerate(replies)
+        ]
+        first, head = replies[0], self.head
         completion = ChatCompletion(
             id=head.id,
             created=head.created,
             model=head.model,
             system_fingerprint=head.system_fingerprint,
-            choices=[choice],
-            usage=usage(reply.num_prompt_tokens, reply.finish.num_generated_tokens),
+            choices=choices,
+            usage=usage(first.num_prompt_tokens, sum(reply.finish.num_generated_tokens for reply in replies)),
         )
         return json_response(
             completion,
-            self.headers | terms_headers(reply.call) | compute_time_header(reply) | timing_headers([reply]),
+            self.headers | terms_headers(first.call) | compute_time_header(replies[-1]) | timing_headers(replies),
         )
 
     async def send_events(self, stream: EventStream) -> None:
-        """One event a token, and one that tells the usage where it was asked for."""
-        async with inference_call(self.api, self.inference, self.level, is_stream=True) as call:
-            await stream.open(self.headers | terms_headers(call))
-            is_first = True
-            num_tokens = 0
-            async for event in call.events():
-                await stream.send_json(self._chunk([self._choice(event, is_first=is_first)]))
-                is_first = False
-                num_tokens += 1
+        """One event a token, of whichever choice it is, and one that tells the usage where it was asked for."""
+        async with inference_calls(self.api, self.inference, self.level, is_stream=True) as calls:
+            await stream.open(self.headers | terms_headers(calls[0]))
+            num_tokens = sum(await together(self._send_choice(stream, *item) for item in enumerate(calls)))
             if self.body.includes_usage:
-                await stream.send_json(self._chunk([], usage(len(call.request.prompt_token_ids), num_tokens)))
+                await stream.send_json(self._chunk([], usage(len(calls[0].request.prompt_token_ids), num_tokens)))
 
-    def _choice(self, event: TokenEvent, *, is_first: bool) -> ChatChunkChoice:
+    async def _send_choice(self, stream: EventStream, index: int, call: Call) -> int:
+        """Returns how many tokens it has."""
+        num_tokens = 0
+        async for event in call.events():
+            await stream.send_json(self._chunk([self._choice(index, event, is_first=num_tokens == 0)]))
+            num_tokens += 1
+        return num_tokens
+
+    def _choice(self, index: int, event: TokenEvent, *, is_first: bool) -> ChatChunkChoice:
         dialect = self.api.dialect
         return ChatChunkChoice(
-            index=0,
+            index=index,
             delta=Delta(dialect.delta_role(is_first=is_first), event.shown),
             logprobs=logprobs([event.token]) if self.body.logprobs else None,
             finish_reason=None if event.finish is None else dialect.finish_reason(event.finish.reason),

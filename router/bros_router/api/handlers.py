@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 from aiohttp import web
+from msgspec import UNSET
 
 from bros_router.about import server_version
 from bros_router.api import errors
-from bros_router.api.call import API, Call, inference_call, whole_reply
+from bros_router.api.call import API, Api, Call, WholeReply, inference_call, whole_replies
 from bros_router.api.exchange import json_response, read_body, read_for_inference, stream_response
 from bros_router.api.headers import compute_headers, compute_time_header, terms_headers, timing_headers
+from bros_router.api.likeliest import likeliest_first
 from bros_router.api.service_level import ServiceLevel, service_level
 from bros_router.api.sse import EventStream
 from bros_router.api.types import (
+    BestOfSequence,
     CompatGenerateRequest,
     Details,
     GenerateReply,
@@ -20,6 +25,7 @@ from bros_router.api.types import (
     Info,
     ModelInfo,
     ModelList,
+    PrefillToken,
     StartupReply,
     StreamDetails,
     StreamEvent,
@@ -72,18 +78,40 @@ async def _generate(request: web.Request, body: GenerateRequest) -> tuple[Genera
     api = request.app[API]
     level = _service_level(request, body)
     headers = compute_headers(api.model(), len(body.inputs), level.request_class)
-    reply = await whole_reply(api, InferenceRequest(body.inputs, body.parameters), level)
-    headers |= terms_headers(reply.call) | compute_time_header(reply) | timing_headers([reply])
-    if not body.parameters.details:
-        return GenerateReply(_full_text(body, reply.finish)), headers
-    details = Details(
-        finish_reason=reply.finish.reason.value,
-        generated_tokens=reply.finish.num_generated_tokens,
-        seed=reply.call.seed,
-        prefill=[],
-        tokens=[_token_reply(token) for token in reply.tokens],
-    )
-    return GenerateReply(_full_text(body, reply.finish), details), headers
+    replies = await whole_replies(api, InferenceRequest(body.inputs, body.parameters), level)
+    best = likeliest_first(replies)[0]
+    headers |= terms_headers(best.call) | compute_time_header(best) | timing_headers([best])
+    generated_text = _full_text(body, best.finish)
+    if not (body.parameters.details or body.parameters.decoder_input_details):
+        return GenerateReply(generated_text), headers
+    others = [
+        BestOfSequence(generated_text=_full_text(body, other.finish), **await _details(api, body, other))
+        for other in replies
+        if other is not best
+    ]
+    details = Details(**await _details(api, body, best), best_of_sequences=others or UNSET)
+    return GenerateReply(generated_text, details), headers
+
+
+async def _details(api: Api, body: GenerateRequest, reply: WholeReply) -> dict[str, Any]:
+    """What is told of every sequence."""
+    return {
+        "finish_reason": reply.finish.reason.value,
+        "generated_tokens": reply.finish.num_generated_tokens,
+        "seed": reply.call.seed,
+        "prefill": await _prefill(api, reply),
+        "tokens": [_token_reply(token) for token in reply.tokens],
+        "top_tokens": [_top_token_replies(token) for token in reply.tokens] if body.parameters.top_n_tokens else UNSET,
+    }
+
+
+async def _prefill(api: Api, reply: WholeReply) -> list[PrefillToken]:
+    """The tokens of the prompt, where they are told."""
+    if reply.prompt is None:
+        return []
+    token_ids = reply.call.request.prompt_token_ids
+    texts = await api.validator.in_thread(api.model().tokenizer.texts, token_ids)
+    return [*map(PrefillToken, token_ids, texts, reply.prompt.logprobs)]
 
 
 async def _stream(request: web.Request, body: GenerateRequest) -> web.StreamResponse:
@@ -100,11 +128,12 @@ async def _stream(request: web.Request, body: GenerateRequest) -> web.StreamResp
             async for event in call.events():
                 index += 1
                 token, finish = _token_reply(event.token), event.finish
+                top_tokens = _top_token_replies(event.token) or UNSET
                 if finish is None:
-                    await stream.send_json(StreamEvent(index, token))
+                    await stream.send_json(StreamEvent(index, token, top_tokens))
                 else:
                     details = _stream_details(call, finish) if body.parameters.details else None
-                    await stream.send_json(StreamEvent(index, token, _full_text(body, finish), details))
+                    await stream.send_json(StreamEvent(index, token, top_tokens, _full_text(body, finish), details))
 
     return await stream_response(request, headers, send_events)
 
@@ -125,6 +154,10 @@ def _full_text(body: GenerateRequest, finish: Finish) -> str:
 
 def _token_reply(token: Token) -> TokenReply:
     return TokenReply(token.token_id, token.text, token.logprob, token.is_special)
+
+
+def _top_token_replies(token: Token) -> list[TokenReply]:
+    return [_token_reply(top_token) for top_token in token.top_tokens]
 
 
 def _service_level(request: web.Request, body: GenerateRequest) -> ServiceLevel:

@@ -41,9 +41,14 @@ def timing_headers(replies: Sequence[WholeReply]) -> dict[str, str]:
         "x-time-per-token": _milliseconds(
             reply.timings.inference_s / reply.finish.num_generated_tokens for reply in replies
         ),
-        "x-prompt-tokens": str(sum(reply.num_prompt_tokens for reply in replies)),
+        "x-prompt-tokens": str(num_prompt_tokens(replies)),
         "x-generated-tokens": str(sum(reply.finish.num_generated_tokens for reply in replies)),
     }
+
+
+def num_prompt_tokens(replies: Iterable[WholeReply]) -> int:
+    """Of all prompts of one request; several replies to one prompt count it once."""
+    return sum({reply.call.request.request_id: reply.num_prompt_tokens for reply in replies}.values())
 
 
 def compute_time_header(reply: WholeReply) -> dict[str, str]:

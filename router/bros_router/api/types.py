@@ -77,14 +77,36 @@ class TokenReply(Struct, frozen=True):
     special: bool
 
 
-class Details(Struct, frozen=True):
+class PrefillToken(Struct, frozen=True):
+    """One token of the prompt."""
+
+    id: int
+    text: str
+    logprob: float | None  # null for the first
+
+
+class BestOfSequence(Struct, frozen=True, kw_only=True):
+    """A sequence that was generated and not chosen."""
+
+    generated_text: str
+    finish_reason: str
+    generated_tokens: int
+    seed: int | None
+    prefill: list[PrefillToken]
+    tokens: list[TokenReply]
+    top_tokens: list[list[TokenReply]] | UnsetType = UNSET
+
+
+class Details(Struct, frozen=True, kw_only=True):
     """What a reply tells of its generation, where asked to."""
 
     finish_reason: str
     generated_tokens: int
     seed: int | None  # null when greedy
-    prefill: list[TokenReply]  # always empty: prompt logprobs are not computed
+    prefill: list[PrefillToken]  # empty unless asked for, of a server that was started for it
     tokens: list[TokenReply]
+    best_of_sequences: list[BestOfSequence] | UnsetType = UNSET
+    top_tokens: list[list[TokenReply]] | UnsetType = UNSET  # of each token
 
 
 class GenerateReply(Struct, frozen=True):
@@ -108,6 +130,7 @@ class StreamEvent(Struct, frozen=True):
 
     index: int
     token: TokenReply
+    top_tokens: list[TokenReply] | UnsetType = UNSET  # where asked for
     generated_text: str | None = None
     details: StreamDetails | None = None
 

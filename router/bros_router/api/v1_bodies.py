@@ -8,6 +8,7 @@ own routes.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from enum import Enum
 from typing import Annotated, Any, Final, TypeAlias
 
@@ -16,6 +17,7 @@ from msgspec import Meta, Struct
 from bros_router.api.chat_message import Message
 from bros_router.api.errors import ValidationError
 from bros_router.api.types import U32, GenerateParameters, check_seed
+from bros_router.api.validation import OpenAIParameters
 from bros_router.request import RequestClass
 
 #: What TGI knows besides plain text.
@@ -64,6 +66,11 @@ class _Body(Struct, frozen=True, kw_only=True):
         check_seed(self.seed)
 
     @property
+    def openai(self) -> OpenAIParameters:
+        """What TGI does not know."""
+        return OpenAIParameters()
+
+    @property
     def _is_greedy(self) -> bool:
         """Sampling is on unless the temperature is exactly zero."""
         return self.temperature == 0.0
@@ -84,9 +91,19 @@ class _OpenAIBody(_Body, frozen=True, kw_only=True):
 
     stop: str | list[str] | None = None
     stream_options: StreamOptions | None = None
-    logit_bias: dict[str, float] | list[float] | None = None
+    n: U32 | None = None
+    logit_bias: dict[U32, float] | list[float] | None = None
     presence_penalty: float | None = None
     service_tier: ServiceTier | None = None
+
+    @property
+    def openai(self) -> OpenAIParameters:
+        """What TGI does not know."""
+        return OpenAIParameters(
+            num_choices=1 if self.n is None else self.n,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=self.logit_bias if isinstance(self.logit_bias, dict) else {},
+        )
 
     @property
     def includes_usage(self) -> bool:
@@ -112,7 +129,8 @@ class _OpenAIBody(_Body, frozen=True, kw_only=True):
     def _check_supported(self, unsupported: Mapping[str, bool]) -> None:
         if "" in self._stop_sequences:
             raise ValidationError("`stop` must not hold an empty sequence")
-        _refuse({"`logit_bias`": bool(self.logit_bias), "`presence_penalty` != 0": bool(self.presence_penalty)})
+        # TGI's shape of it, which TGI ignores.
+        _refuse({"`logit_bias` as a list": isinstance(self.logit_bias, list) and bool(self.logit_bias)})
         _refuse(unsupported)
 
 
@@ -273,15 +291,17 @@ class CompletionBody(_OpenAIBody, frozen=True, kw_only=True):
         tokens = [item for item in self.prompt if isinstance(item, int)]
         return [tokens] if tokens else [item for item in self.prompt if not isinstance(item, int)]
 
+    @property
+    def openai(self) -> OpenAIParameters:
+        """What TGI does not know."""
+        is_prompt_told = self.echo and self.logprobs is not None
+        return replace(super().openai, num_prompt_top_tokens=self.logprobs if is_prompt_told else None)
+
     def check_supported(self) -> None:
-        """Refuse what this server cannot do. Raises `ValidationError`."""
-        self._check_supported(
-            {
-                "`logprobs`": self.logprobs is not None,
-                "`echo`": bool(self.echo),
-                "`best_of` > 1": (self.best_of or 1) > 1,
-            }
-        )
+        """Refuse what this server cannot do, and what makes no sense. Raises `ValidationError`."""
+        self._check_supported({})
+        if self.best_of is not None and self.best_of < self.openai.num_choices:
+            raise ValidationError("`best_of` must be >= `n`")
 
     def parameters(self) -> GenerateParameters:
         """How to generate."""
@@ -290,6 +310,9 @@ class CompletionBody(_OpenAIBody, frozen=True, kw_only=True):
             top_p=self._limiting_top_p,
             max_new_tokens=self.max_tokens,
             stop=self._stop_sequences,
+            top_n_tokens=self.logprobs,
+            # Of as many as are wanted, none is chosen: that can be streamed.
+            best_of=None if self.best_of == self.openai.num_choices else self.best_of,
         )
 
 
@@ -300,6 +323,16 @@ class TgiCompletionBody(_Body, frozen=True, kw_only=True):
     repetition_penalty: float | None = None
     suffix: str | None = None
     stop: list[str] | None = None
+
+    @property
+    def logprobs(self) -> int | None:
+        """TGI tells none here."""
+        return None
+
+    @property
+    def echo(self) -> bool:
+        """TGI never repeats the prompt here."""
+        return False
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -31,12 +31,19 @@ class Usage(Struct, frozen=True):
     total_tokens: int
 
 
+class TopLogprob(Struct, frozen=True):
+    """A token that might have been generated."""
+
+    token: str
+    logprob: float | None
+
+
 class TokenLogprob(Struct, frozen=True):
     """One generated token. `token` is its own text, whatever of it the reply shows."""
 
     token: str
     logprob: float | None
-    top_logprobs: tuple[()] = ()  # other candidates are not computed
+    top_logprobs: list[TopLogprob]
 
 
 class Logprobs(Struct, frozen=True):
@@ -53,7 +60,7 @@ class AssistantMessage(Struct, frozen=True):
 
 
 class ChatChoice(Struct, frozen=True):
-    """The one reply to a chat."""
+    """One reply to a chat."""
 
     index: int
     message: AssistantMessage
@@ -80,7 +87,7 @@ class Delta(Struct, frozen=True):
 
 
 class ChatChunkChoice(Struct, frozen=True):
-    """One token of the reply to a chat."""
+    """One token of a reply to a chat."""
 
     index: int
     delta: Delta
@@ -106,12 +113,23 @@ class ChatTokenizeReply(Struct, frozen=True):
     templated_text: str
 
 
+class CompletionLogprobs(Struct, frozen=True):
+    """The tokens of a completion, or of a chunk of it: four lists of one length."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    #: The token itself and the likeliest ones, by their texts; null for the first token of a prompt.
+    top_logprobs: list[dict[str, float | None] | None]
+    #: Where each token begins in the text of the choice, in characters.
+    text_offset: list[int]
+
+
 class CompletionChoice(Struct, frozen=True):
-    """The reply to the prompt of this index, or one token of it."""
+    """One reply to a prompt, or one token of it. Those of the first prompt come before those of the second."""
 
     index: int
     text: str
-    logprobs: None
+    logprobs: CompletionLogprobs | None
     finish_reason: str | None
 
 
@@ -169,7 +187,12 @@ def usage(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
 
 def logprobs(tokens: Iterable[Token]) -> Logprobs:
     """The tokens' own texts and log-probabilities."""
-    return Logprobs([TokenLogprob(token.text, token.logprob) for token in tokens])
+    return Logprobs(
+        [
+            TokenLogprob(token.text, token.logprob, [TopLogprob(top.text, top.logprob) for top in token.top_tokens])
+            for token in tokens
+        ]
+    )
 
 
 def error_event(error: ApiError) -> bytes:

@@ -6,7 +6,7 @@ import asyncio
 import ctypes
 import secrets
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
@@ -18,7 +18,7 @@ from bros_router.config import ApiConfig
 from bros_router.request import ValidRequest
 from bros_router.service import ServedModel
 from bros_router.tokenizer import Tokenizer, TokenizerError, byte_offsets
-from bros_shard.protocol import SamplingParams
+from bros_shard.protocol import MAX_BIASED_TOKENS, MAX_PROMPT_TOP_TOKENS, SamplingParams, Watermark
 
 T = TypeVar("T")
 
@@ -26,6 +26,19 @@ T = TypeVar("T")
 NUM_JUDGED_NEW_TOKENS: Final = 1024
 #: TGI has no upper bound here, but the wire to the ranks has. No useful value comes near.
 _MAX_FACTOR: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAIParameters:
+    """What OpenAI's clients may ask for beyond TGI's parameters. The defaults are neutral."""
+
+    #: Replies to one prompt. Where `best_of` is more, the likeliest of so many.
+    num_choices: int = 1
+    presence_penalty: float = 0.0
+    #: By token id.
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    #: As in `ValidRequest`; more than can be told are fewer.
+    num_prompt_top_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +52,13 @@ class InferenceRequest:
     adds_special_tokens: bool = True
     #: As in `ValidRequest`.
     cuts_stop_sequences: bool = False
+    openai: OpenAIParameters = OpenAIParameters()
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @property
+    def num_sequences(self) -> int:
+        """How many are generated."""
+        return max(self.parameters.best_of or 1, self.openai.num_choices)
 
 
 class Validator:
@@ -53,8 +72,12 @@ class Validator:
         """End the threads. Prompts that wait for one are given up."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def check_before_admission(self, parameters: GenerateParameters, *, is_stream: bool) -> None:
+    def check_before_admission(self, request: InferenceRequest, *, is_stream: bool) -> None:
         """The rules that are judged before a permit is taken. Raises `ValidationError`."""
+        parameters = request.parameters
+        num_choices, max_choices = request.openai.num_choices, self._config.max_client_batch_size
+        if not 1 <= num_choices <= max_choices:
+            raise ValidationError(f"`n` must be > 0 and <= {max_choices}. Given: {num_choices}")
         if is_stream:
             if parameters.best_of not in (None, 1):
                 raise ValidationError("`best_of` != 1 is not supported when streaming tokens")
@@ -74,10 +97,10 @@ class Validator:
             ValidationError: with the message of the first rule that is broken.
         """
         parameters = request.parameters
-        sampling = self._sampling_params(parameters)
+        sampling = self._sampling_params(parameters, request.openai, model.vocab_size)
         _check_inputs(request.inputs, parameters.truncate, model.max_input_tokens)
         _check_supported(parameters)
-        prompt_token_ids = await self._in_thread(_prompt_token_ids, request, model)
+        prompt_token_ids = await self.in_thread(_prompt_token_ids, request, model)
         num_free_tokens = model.max_total_tokens - len(prompt_token_ids)
         return ValidRequest(
             request_id=request.request_id,
@@ -87,6 +110,7 @@ class Validator:
             stop_sequences=tuple(parameters.stop),
             cuts_stop_sequences=request.cuts_stop_sequences,
             ignore_eos=parameters.ignore_eos,
+            num_prompt_top_tokens=self._num_prompt_top_tokens(request),
             request_class=level.request_class,
             ttft_s=level.ttft_s,
             tpot_s=level.tpot_s,
@@ -95,12 +119,24 @@ class Validator:
 
     async def tokenize(self, text: str, tokenizer: Tokenizer, *, adds_special_tokens: bool = True) -> list[SimpleToken]:
         """Every token of `text`, those that the tokenizer adds included. Raises `ValidationError`."""
-        return await self._in_thread(_simple_tokens, text, tokenizer, adds_special_tokens)
+        return await self.in_thread(_simple_tokens, text, tokenizer, adds_special_tokens)
 
-    async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+    async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
+        """Call a function that takes as long as a prompt has tokens."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
 
-    def _sampling_params(self, parameters: GenerateParameters) -> SamplingParams:
+    def _num_prompt_top_tokens(self, request: InferenceRequest) -> int | None:
+        """TGI says nothing of a prompt unless the server was started for it."""
+        if not self._config.enable_prefill_logprobs:
+            return None
+        if request.parameters.decoder_input_details:
+            return 0
+        wished = request.openai.num_prompt_top_tokens
+        return None if wished is None else min(wished, MAX_PROMPT_TOP_TOKENS)
+
+    def _sampling_params(
+        self, parameters: GenerateParameters, openai: OpenAIParameters, vocab_size: int
+    ) -> SamplingParams:
         """The rules on parameters alone. TGI holds 32-bit floats, so they are what is judged and sent on."""
         best_of = parameters.best_of or 1
         warpers = (parameters.temperature, parameters.top_k, parameters.top_p, parameters.typical_p)
@@ -111,12 +147,16 @@ class Validator:
         frequency_penalty = _float32(parameters.frequency_penalty or 0.0)
         if not -2.0 <= frequency_penalty <= 2.0:
             raise ValidationError("`frequency_penalty` must be >= -2.0 and <= 2.0")
+        presence_penalty = _float32(openai.presence_penalty)
+        if not -2.0 <= presence_penalty <= 2.0:
+            raise ValidationError("`presence_penalty` must be >= -2.0 and <= 2.0")
+        logit_bias = _logit_bias(openai.logit_bias, vocab_size)
         top_p = _share("top_p", parameters.top_p)
         typical_p = _share("typical_p", parameters.typical_p)
         if parameters.top_k is not None and parameters.top_k <= 0:
             raise ValidationError("`top_k` must be strictly positive")
         self._check_limits(parameters)
-        top_k = parameters.top_k or 0
+        top_k, config = parameters.top_k or 0, self._config
         return SamplingParams(
             do_sample=parameters.do_sample or temperature != 1.0 or top_k > 0 or top_p < 1.0 or typical_p < 1.0,
             temperature=temperature,
@@ -126,6 +166,10 @@ class Validator:
             repetition_penalty=repetition_penalty,
             frequency_penalty=frequency_penalty,
             seed=secrets.randbits(64) if parameters.seed is None else parameters.seed,
+            watermark=Watermark(config.watermark_gamma, config.watermark_delta) if parameters.watermark else None,
+            presence_penalty=presence_penalty,
+            logit_bias=logit_bias,
+            num_top_tokens=parameters.top_n_tokens or 0,
         )
 
     def _check_limits(self, parameters: GenerateParameters) -> None:
@@ -166,6 +210,17 @@ def _share(name: str, value: float | None) -> float:
     return share
 
 
+def _logit_bias(biases: Mapping[int, float], vocab_size: int) -> list[tuple[int, float]]:
+    if len(biases) > MAX_BIASED_TOKENS:
+        raise ValidationError(f"`logit_bias` supports up to {MAX_BIASED_TOKENS} tokens. Given: {len(biases)}")
+    for token_id, bias in biases.items():
+        if token_id >= vocab_size:
+            raise ValidationError(f"`logit_bias` must name token ids < {vocab_size}. Given: {token_id}")
+        if not -100.0 <= bias <= 100.0:
+            raise ValidationError(f"`logit_bias` must hold values >= -100 and <= 100. Given: {bias:g}")
+    return [*biases.items()]
+
+
 def _check_inputs(inputs: str | Sequence[int], truncate: int | None, max_input_tokens: int) -> None:
     if not inputs:
         raise ValidationError("`inputs` cannot be empty")
@@ -178,10 +233,6 @@ def _check_inputs(inputs: str | Sequence[int], truncate: int | None, max_input_t
 def _check_supported(parameters: GenerateParameters) -> None:
     """Refuse what TGI can do and this server cannot: an answer that ignored it would be wrong."""
     unsupported = {
-        "`best_of` > 1": (parameters.best_of or 1) > 1,
-        "`watermark`": parameters.watermark,
-        "`decoder_input_details`": parameters.decoder_input_details,
-        "`top_n_tokens` > 0": bool(parameters.top_n_tokens),
         "`grammar`": parameters.grammar is not None,
         "`adapter_id`": parameters.adapter_id is not None,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from bros_router.kv.block_hasher import BlockHasher
@@ -19,7 +19,7 @@ from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.policy import Policy
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
-from bros_shard.protocol import NewSequence, SequenceResult, SequenceStep, StepPlan, StepResult, StepShape
+from bros_shard.protocol import NewSequence, RankedToken, SequenceResult, SequenceStep, StepPlan, StepResult, StepShape
 
 #: Interruptions at a time, each in the middle of the one before: a short prompt cannot wait for a long one. Few, since
 #: the ranks keep the activations of all of them.
@@ -36,6 +36,8 @@ class Outcome:
     #: Set where this token was the last one.
     finish_reason: FinishReason | None = None
     fault: str | None = None
+    #: The likeliest tokens, where asked for.
+    top_tokens: list[RankedToken] = field(default_factory=list)
 
 
 class StepMismatchError(Exception):
@@ -404,7 +406,12 @@ class Scheduler:
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = now_s
         return NewSequence(
-            sequence.sequence_id, sequence.known_token_ids(), sequence.max_total_tokens, sequence.sampling
+            sequence.sequence_id,
+            sequence.known_token_ids(),
+            sequence.max_total_tokens,
+            sequence.sampling,
+            len(sequence.output_token_ids),
+            sequence.num_prompt_top_tokens,
         )
 
     def _commit_token(self, sequence: Sequence, result: SequenceResult | None, now_s: float) -> Outcome:
@@ -429,4 +436,4 @@ class Scheduler:
             finish_reason = FinishReason.EOS_TOKEN
         if finish_reason is not None:
             self.finish(sequence, is_complete=True)
-        return Outcome(sequence, result.token_id, result.logprob, finish_reason)
+        return Outcome(sequence, result.token_id, result.logprob, finish_reason, top_tokens=result.top_tokens)

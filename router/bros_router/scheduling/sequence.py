@@ -62,6 +62,8 @@ class Sequence:
     num_cached_tokens: int = 0
     #: Tokens of the prompt that it found computed.
     num_reused_tokens: int = 0
+    #: As in `ValidRequest`.
+    num_prompt_top_tokens: int | None = None
 
     #: Tokens of the prompt.
     num_prompt_tokens: int = field(init=False)
