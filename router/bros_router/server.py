@@ -202,9 +202,11 @@ class Server:
     def _announce(self, model: ServedModel, info: GroupInfo) -> None:
         """The budget that was found, and the one line that says where to send requests."""
         hello = info.hello
+        kv_tokens = hello.num_blocks * hello.block_size
+        self._metrics.set_max_batch_total_tokens(kv_tokens)
         log.info(
             "budget",
-            kv_tokens=hello.num_blocks * hello.block_size,
+            kv_tokens=kv_tokens,
             kv_bytes_per_rank=hello.num_blocks * hello.block_bytes,
             max_total_tokens=model.max_total_tokens,
             max_input_tokens=model.max_input_tokens,
