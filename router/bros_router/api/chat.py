@@ -43,18 +43,16 @@ _RENDERING_RETRY_S: Final = 1.0
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """`POST /v1/chat/completions`: as the body's `stream` says."""
+    return await chat_reply(request, await read_for_inference(request, request.app[API].dialect.chat_decoder))
+
+
+async def chat_reply(request: web.Request, body: AnyChatBody) -> web.StreamResponse:
+    """What `/v1/chat/completions` answers to a body."""
     api = request.app[API]
-    body = await read_for_inference(request, api.dialect.chat_decoder)
     level = service_level(request.headers, body.request_class, api.config)
     # Told by the status, streams included: TGI renders before it answers.
     with preparation(api, level):
-        prompt = await _rendered(api, body)
-        inference = InferenceRequest(
-            prompt,
-            body.parameters(),
-            adds_special_tokens=False,
-            cuts_stop_sequences=api.dialect.cuts_stop_sequences,
-        )
+        inference = await _inference(api, body)
     named = None if body.model == _PLACEHOLDER_MODEL else body.model
     chat = _Chat(
         api,
@@ -62,13 +60,23 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         level,
         inference,
         ReplyHead(api.dialect.reply_id("chatcmpl", inference.request_id), named or api.model().model_id),
-        compute_headers(api.model(), len(prompt), level.request_class),
+        compute_headers(api.model(), len(inference.inputs), level.request_class),
     )
     if not body.stream:
         return await chat.answer()
     return await stream_response(
         request, chat.headers, chat.send_events, error_event=error_event, last_event=LAST_EVENT
     )
+
+
+async def chat_text(request: web.Request, body: AnyChatBody) -> str:
+    """The text of the whole reply to a chat, whatever its `stream` says. Raises `ApiError`."""
+    api = request.app[API]
+    level = service_level(request.headers, body.request_class, api.config)
+    with preparation(api, level):
+        inference = await _inference(api, body)
+    reply = await whole_reply(api, inference, level)
+    return reply.finish.generated_text
 
 
 async def chat_tokenize(request: web.Request) -> web.StreamResponse:
@@ -78,6 +86,16 @@ async def chat_tokenize(request: web.Request) -> web.StreamResponse:
     prompt = await _rendered(api, await read_body(request, api.dialect.chat_decoder))
     tokens = await api.validator.tokenize(prompt, tokenizer, adds_special_tokens=False)
     return json_response(ChatTokenizeReply(tokens, prompt))
+
+
+async def _inference(api: Api, body: AnyChatBody) -> InferenceRequest:
+    """The chat as a prompt. Raises as `_rendered`."""
+    return InferenceRequest(
+        await _rendered(api, body),
+        body.parameters(),
+        adds_special_tokens=False,
+        cuts_stop_sequences=api.dialect.cuts_stop_sequences,
+    )
 
 
 async def _rendered(api: Api, body: AnyChatBody) -> str:

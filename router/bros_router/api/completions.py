@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Iterable
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -14,6 +12,7 @@ from bros_router.api.exchange import json_response, read_for_inference, stream_r
 from bros_router.api.headers import compute_headers, terms_headers, timing_headers
 from bros_router.api.service_level import ServiceLevel, service_level
 from bros_router.api.sse import EventStream
+from bros_router.api.together import together
 from bros_router.api.v1_bodies import AnyCompletionBody
 from bros_router.api.v1_replies import (
     LAST_EVENT,
@@ -31,8 +30,13 @@ from bros_router.request import TokenEvent
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """`POST /v1/completions`: as the body's `stream` says."""
+    decoder = request.app[API].dialect.completion_decoder
+    return await completions_reply(request, await read_for_inference(request, decoder))
+
+
+async def completions_reply(request: web.Request, body: AnyCompletionBody) -> web.StreamResponse:
+    """What `/v1/completions` answers to a body."""
     api = request.app[API]
-    body = await read_for_inference(request, api.dialect.completion_decoder)
     level = service_level(request.headers, body.request_class, api.config)
     with preparation(api, level):
         inferences = _inferences(api, body)
@@ -84,7 +88,7 @@ class _Batch:
         async def answer_one(index: int, inference: InferenceRequest) -> None:
             finished.append((index, await whole_reply(self.api, inference, self.level)))
 
-        await _together(answer_one(*item) for item in enumerate(self.inferences))
+        await together(answer_one(*item) for item in enumerate(self.inferences))
         replies = [reply for _, reply in finished]
         choices = [
             CompletionChoice(
@@ -113,7 +117,7 @@ class _Batch:
                 await stream.open(self.headers | error.headers())
                 await stream.send(error_event(error))
 
-        await _together(send_one(*item) for item in enumerate(self.inferences))
+        await together(send_one(*item) for item in enumerate(self.inferences))
         if self.includes_usage:
             num_prompt_tokens = sum(one.prompt_tokens for one in used)
             num_generated_tokens = sum(one.completion_tokens for one in used)
@@ -158,14 +162,3 @@ class _Batch:
     def _terms(self, replies: list[WholeReply]) -> dict[str, str]:
         """Prompts may be accepted on different terms: the last one's are told."""
         return {name: value for reply in replies for name, value in terms_headers(reply.call).items()}
-
-
-async def _together(works: Iterable[Awaitable[None]]) -> None:
-    """Do all of them at once. Where one fails, or the caller is cancelled, the others are cancelled and waited for."""
-    tasks = [asyncio.ensure_future(work) for work in works]
-    try:
-        await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
