@@ -333,6 +333,7 @@ class StepEngine:
             method,
             num_sequences=len(plan.sequences),
             num_new_sequences=len(plan.new_sequences),
+            num_running=self._scheduler.num_running,
             max_tokens=self._scheduler.max_running_tokens,
             planning_s=time.monotonic() - now_s,
         )

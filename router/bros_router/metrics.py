@@ -70,7 +70,7 @@ class Metrics:
             registry=self._registry,
         )
         self._batch_concat = self._counter(
-            "tgi_batch_concat", "Steps in which new sequences joined others, by reason", "reason"
+            "tgi_batch_concat", "Steps in which new sequences joined those that run, by reason", "reason"
         )
         self._step_count = self._counter("tgi_batch_inference_count", "Steps sent to the ranks", "method")
         self._step_success = self._counter("tgi_batch_inference_success", "Steps that gave a result", "method")
@@ -79,7 +79,7 @@ class Metrics:
         self._forward_duration = self._duration("tgi_batch_forward_duration", "Forward pass", "method")
         self._sampling_duration = self._duration("tgi_batch_decode_duration", "Choosing the tokens", "method")
         self._joining_duration = self._duration(
-            "tgi_batch_concat_duration", "Planning a step in which new sequences join others", "method"
+            "tgi_batch_concat_duration", "Planning a step in which new sequences join those that run", "method"
         )
         self._taking_in_duration = self._duration(
             "tgi_batch_filter_duration", "Taking in what a step gave, and letting go what ended", "method"
@@ -198,12 +198,20 @@ class Metrics:
     # --- steps, as the engine sees them
 
     def step_sent(
-        self, method: Method, *, num_sequences: int, num_new_sequences: int, max_tokens: int, planning_s: float
+        self,
+        method: Method,
+        *,
+        num_sequences: int,
+        num_new_sequences: int,
+        num_running: int,
+        max_tokens: int,
+        planning_s: float,
     ) -> None:
         """A plan went to the ranks.
 
         Args:
             num_new_sequences: those that run for the first time.
+            num_running: those that were let in, in this step or not.
             max_tokens: tokens that all sequences of the step together may grow to.
             planning_s: seconds that it took to make the plan.
         """
@@ -212,7 +220,7 @@ class Metrics:
         self._batch_max_tokens.set(max_tokens)
         if num_new_sequences:
             self._batch_next_size.observe(num_new_sequences)
-        if 0 < num_new_sequences < num_sequences:
+        if 0 < num_new_sequences < num_running:
             self._batch_concat.labels(_JOINED).inc()
             self._joining_duration.labels("decode").observe(planning_s)
 

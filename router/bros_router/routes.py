@@ -98,10 +98,10 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
     prompt = {"prompt": "What is deep learning?", "max_tokens": 20}
     chat_body: Schema = dialect.chat_decoder.type
     completion_body: Schema = dialect.completion_decoder.type
-    compat_replies = _json(_array(types.GenerateReply, length=1)) | _events(types.StreamEvent)
-    chat_replies = _json(v1_replies.ChatCompletion) | _events(v1_replies.ChatChunk)
+    compat_replies = _json(_array(types.GenerateReply, length=1)) | _events(types.StreamEvent, types.ErrorReply)
+    chat_replies = _json(v1_replies.ChatCompletion) | _events(v1_replies.ChatChunk, v1_replies.StreamFailureEvent)
     completion_replies = _json(v1_replies.Completion) | _events(
-        {"anyOf": [v1_replies.CompletionChunk, v1_replies.Completion]}
+        v1_replies.CompletionChunk, v1_replies.Completion, v1_replies.StreamFailureEvent
     )
     yield generating(
         "/",
@@ -133,7 +133,7 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
             summary="Go on from a prompt, a token at a time; errors are events too",
             body=types.GenerateRequest,
             example=inputs,
-            replies=_events({"anyOf": [types.StreamEvent, types.ErrorReply]}),
+            replies=_events(types.StreamEvent, types.ErrorReply),
         ),
     )
     yield generating(
@@ -337,9 +337,10 @@ def _json(schema: Schema) -> dict[str, Schema]:
     return {"application/json": schema}
 
 
-def _events(schema: Schema) -> dict[str, Schema]:
-    """The schema of the data of one event."""
-    return {"text/event-stream": {"type": "string", "contentMediaType": "application/json", "contentSchema": schema}}
+def _events(*data: Schema) -> dict[str, Schema]:
+    """One event, whose data is JSON of one of these schemas; under `/v1` the last event is none."""
+    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [*data]}}
+    return {"text/event-stream": {"type": "object", "required": ["data"], "properties": {"data": text}}}
 
 
 def _array(items: Schema, *, length: int | None = None) -> Schema:

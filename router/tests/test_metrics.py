@@ -86,10 +86,10 @@ def test_requests_are_counted_under_tgis_names():
 
 def test_steps_are_counted_by_method():
     metrics = Metrics()
-    metrics.step_sent("prefill", num_sequences=2, num_new_sequences=2, max_tokens=80, planning_s=0.5)
+    metrics.step_sent("prefill", num_sequences=2, num_new_sequences=2, num_running=2, max_tokens=80, planning_s=0.5)
     metrics.step_finished("prefill", total_s=0.5, forward_s=0.25, sampling_s=0.125, taking_in_s=0.0625)
-    metrics.step_sent("prefill", num_sequences=3, num_new_sequences=1, max_tokens=100, planning_s=0.25)
-    metrics.step_sent("decode", num_sequences=3, num_new_sequences=0, max_tokens=100, planning_s=0.5)
+    metrics.step_sent("prefill", num_sequences=1, num_new_sequences=1, num_running=3, max_tokens=100, planning_s=0.25)
+    metrics.step_sent("decode", num_sequences=3, num_new_sequences=0, num_running=3, max_tokens=100, planning_s=0.5)
     metrics.step_failed("decode")
     metrics.set_queue_size(7)
     metrics.set_max_batch_total_tokens(64000)
@@ -220,7 +220,7 @@ def test_buckets_are_tgis():
     metrics = Metrics()
     validated(metrics)
     succeeded(metrics)
-    metrics.step_sent("decode", num_sequences=1, num_new_sequences=1, max_tokens=1, planning_s=0.0)
+    metrics.step_sent("decode", num_sequences=1, num_new_sequences=1, num_running=1, max_tokens=1, planning_s=0.0)
     durations = bounds(metrics, "tgi_request_duration")
     assert len(durations) == 35
     assert durations[0] == pytest.approx(0.00015)

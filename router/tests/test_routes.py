@@ -157,6 +157,15 @@ async def test_vertex_says_what_is_wrong(serve, body, status, answer):
     assert server.engine.num_running == 0
 
 
+async def test_more_than_there_are_permits_is_refused_unseen(serve):
+    server = await serve(ApiConfig(max_concurrent_requests=2, max_concurrent_be_requests=3, kserve=True))
+    many = {"id": "", "instances": [5] * 6, "inputs": [bytes_of("x")] * 6, "outputs": []}
+    for path in ("/vertex", f"{MODEL}/infer"):
+        response = await server.client.post(path, json=many)
+        assert (response.status, (await response.json())["error_type"]) == (429, "overloaded")
+    assert server.engine.requests == []
+
+
 async def test_an_instance_that_fails_ends_the_others(serve, reply_of):
     server = await serve()
     server.engine.script = [reply_of("Hello", "!")[0], GenerationError("no more")]

@@ -73,6 +73,11 @@ class Api:
             raise errors.UnavailableError(self.service.phase)
         return self.service.model
 
+    def check_room(self, num_requests: int) -> None:
+        """Refuse a body of more requests than there are permits before it takes time. Raises `OverloadedError`."""
+        if num_requests > self.config.max_concurrent_requests + self.config.max_concurrent_be_requests:
+            raise OverloadedError
+
 
 API = web.AppKey("api", Api)
 

@@ -104,6 +104,7 @@ async def infer(request: web.Request) -> web.StreamResponse:
     api = request.app[API]
     body = await read_for_inference(request, _decoder)
     with preparation(api, service_level(request.headers, body.parameters.priority, api.config)):
+        api.check_room(len(body.inputs))
         texts = [_text(each) for each in body.inputs]
         if len(texts) != len(body.outputs):
             raise errors.LengthMismatchError

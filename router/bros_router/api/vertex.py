@@ -44,10 +44,11 @@ async def vertex(request: web.Request) -> web.StreamResponse:
     """`POST /vertex`: all instances at once. Where one fails, the request does."""
     api = request.app[API]
     body = await read_for_inference(request, _decoder)
-    instances = [_decoded(api, instance) for instance in body.instances]
     with preparation(api, service_level(request.headers, None, api.config)):
-        if not instances:
+        if not body.instances:
             raise errors.NoInstancesError
+        api.check_room(len(body.instances))
+    instances = [_decoded(api, instance) for instance in body.instances]
     return json_response(VertexReply(await together(_prediction(request, instance) for instance in instances)))
 
 
