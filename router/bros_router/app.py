@@ -23,6 +23,7 @@ from bros_router.metrics import Metrics
 from bros_router.request import RequestClass
 from bros_router.routes import add_routes, description, routes
 from bros_router.service import Service
+from bros_router.tracing import trace_request
 
 #: How long a client that was answered early may go on sending before its connection is cut.
 _LINGERING_S: Final = 2.0
@@ -46,7 +47,7 @@ def create_app(
     config: ApiConfig, service: Service, metrics: Metrics, timeouts: Timeouts | None = None
 ) -> web.Application:
     """The application. `create_runner` runs it."""
-    app = web.Application(middlewares=[_answer_preflight, _answer_errors])
+    app = web.Application(middlewares=[_answer_preflight, trace_request, _answer_errors])
     validator, templates = Validator(config), TemplateRenderer()
     dialect = TgiDialect() if config.strict_tgi else OpenAIDialect()
     app[API] = Api(

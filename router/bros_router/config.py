@@ -370,6 +370,16 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TraceConfig:
+    """Where spans of requests go."""
+
+    otlp_endpoint: str | None = flag(
+        None, "Collector that spans of requests are sent to by OTLP over gRPC, such as http://collector:4317."
+    )
+    otlp_service_name: str = flag("text-generation-inference.router", "Name of the server in spans.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Everything the server was told, once."""
 
@@ -381,6 +391,7 @@ class ServerConfig:
     ranks: RankConfig = field(default_factory=RankConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     #: Where the private folder of sockets is made. Short: a socket's path has at most 107 bytes.
     runtime_base: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
 
@@ -395,4 +406,5 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("http", "Server", HttpConfig),
     ("api", "Requests", ApiConfig),
     ("log", "Logs", LogConfig),
+    ("trace", "Traces", TraceConfig),
 )

@@ -395,7 +395,7 @@ class _ClassSeries:
         )
         self.cached_tokens = Counter(
             "bros_prompt_tokens_cached_total",
-            "Those of them that were in the KV cache when their prompt began, by class",
+            "Prompt tokens that were in the KV cache when their prompt began, by class",
             ["class"],
             registry=registry,
         )

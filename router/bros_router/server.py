@@ -38,6 +38,7 @@ from bros_router.scheduling.step_draft import SchedulerLimits
 from bros_router.service import Phase, ServedModel, Service
 from bros_router.shard_client import GroupInfo, ShardError, ShardGroup
 from bros_router.startup_error import UsageError
+from bros_router.tracing import exporting
 from bros_shard.options import ShardOptions
 from bros_shard.protocol import Hello, Progress
 
@@ -60,7 +61,7 @@ async def serve(config: ServerConfig, listener: socket) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.request_stop)
-    with runtime_dir(config.runtime_base) as runtime:
+    with exporting(config.trace), runtime_dir(config.runtime_base) as runtime:
         await server.run(listener, runtime)
 
 

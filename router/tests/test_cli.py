@@ -74,6 +74,7 @@ def test_flags_of_a_tgi_deployment():
         *("--cors-allow-origin", "https://a.example", "--cors-allow-origin", "https://b.example"),
         *("--api-key", "k", "--rope-scaling", "dynamic", "--rope-factor", "2", "--cuda-memory-fraction", "0.5"),
         *("--huggingface-hub-cache", "/data", "--tokenizer-config-path", "/t.json"),
+        *("--otlp-endpoint", "http://collector:4317", "--otlp-service-name", "chat"),
     )
     config = asked.config
     assert (config.model.model_id, config.model.revision, config.model.dtype) == ("org/model", "refs/pr/2", "bfloat16")
@@ -87,6 +88,7 @@ def test_flags_of_a_tgi_deployment():
     assert config.ranks.cuda_memory_fraction == 0.5
     assert (config.hub.cache_dir, config.model.tokenizer_config_path) == (Path("/data"), Path("/t.json"))
     assert config.log.json_output
+    assert (config.trace.otlp_endpoint, config.trace.otlp_service_name) == ("http://collector:4317", "chat")
     assert asked.warnings == ()
 
 
@@ -292,8 +294,6 @@ def test_private_folder_of_the_user_where_there_is_one(tmp_path):
         ["--master-port", "29500"],
         ["--weights-cache-override", "/weights"],
         ["--disable-grammar-support"],
-        ["--otlp-endpoint", "http://collector:4317"],
-        ["--otlp-service-name", "name"],
         ["--usage-stats", "off"],
         ["--ngrok-authtoken", "x"],
         ["--ngrok-edge", "x"],

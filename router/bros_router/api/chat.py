@@ -171,7 +171,7 @@ class _Chat:
         dialect = self.api.dialect
         return ChatChunkChoice(
             index=0,
-            delta=Delta(dialect.delta_role(is_first=is_first), event.shown),
+            delta=Delta(role=dialect.delta_role(is_first=is_first), content=event.shown),
             logprobs=logprobs([event.token]) if self.body.logprobs else None,
             finish_reason=None if event.finish is None else dialect.finish_reason(event.finish.reason),
         )
