@@ -11,7 +11,7 @@ TGI_CLIENT := .venv-tgi-client
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak check format format-check lint types bench bench-kernels bench-prefix eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak schemathesis check format format-check lint types bench bench-kernels bench-prefix eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -43,6 +43,9 @@ integration-tests: install-dev
 
 soak: install-dev
 	BROS_SOAK_REQUESTS=10000 $(BIN)/python -m pytest -q -s integration-tests/test_soak.py
+
+schemathesis: install-dev
+	BROS_SCHEMATHESIS_CASES=5000 $(BIN)/python -m pytest -q -s integration-tests/test_description.py
 
 check: format-check lint types
 

@@ -1,10 +1,9 @@
-"""The HTTP application: which route is answered by what, who may ask, and what every response carries."""
+"""The HTTP application: what the routes share, and what every response carries."""
 
 from __future__ import annotations
 
-import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Final
 
 import structlog
@@ -13,37 +12,18 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from bros_router.admission import Permits
-from bros_router.api import chat, completions, errors, handlers
+from bros_router.api import errors
 from bros_router.api.call import API, Api, Timeouts
 from bros_router.api.dialect import OpenAIDialect, TgiDialect
+from bros_router.api.docs import OPENAPI
 from bros_router.api.validation import Validator
 from bros_router.chat_templates.renderer import TemplateRenderer
 from bros_router.config import ApiConfig
 from bros_router.metrics import Metrics
 from bros_router.request import RequestClass
+from bros_router.routes import add_routes, description, routes
 from bros_router.service import Service
-
-#: Routes that need the API key, where there is one: path to method to handler.
-_GUARDED: Final[Mapping[str, Mapping[str, Handler]]] = {
-    "/": {"POST": handlers.compat_generate},
-    "/generate": {"POST": handlers.generate},
-    "/generate_stream": {"POST": handlers.generate_stream},
-    "/tokenize": {"POST": handlers.tokenize},
-    "/v1/chat/completions": {"POST": chat.chat_completions},
-    "/v1/completions": {"POST": completions.completions},
-}
-#: Routes that anybody may ask.
-_OPEN: Final[Mapping[str, Mapping[str, Handler]]] = {
-    "/": {"GET": handlers.health},
-    "/health": {"GET": handlers.health},
-    "/health/live": {"GET": handlers.health_live},
-    "/health/startup": {"GET": handlers.health_startup},
-    "/ping": {"GET": handlers.health},
-    "/info": {"GET": handlers.info},
-    "/metrics": {"GET": handlers.prometheus},
-    "/chat_tokenize": {"POST": chat.chat_tokenize},
-    "/v1/models": {"GET": handlers.models},
-}
+from bros_router.tracing import trace_request
 
 #: How long a client that was answered early may go on sending before its connection is cut.
 _LINGERING_S: Final = 2.0
@@ -67,11 +47,12 @@ def create_app(
     config: ApiConfig, service: Service, metrics: Metrics, timeouts: Timeouts | None = None
 ) -> web.Application:
     """The application. `create_runner` runs it."""
-    app = web.Application(middlewares=[_answer_preflight, _answer_errors])
+    app = web.Application(middlewares=[_answer_preflight, trace_request, _answer_errors])
     validator, templates = Validator(config), TemplateRenderer()
+    dialect = TgiDialect() if config.strict_tgi else OpenAIDialect()
     app[API] = Api(
         config=config,
-        dialect=TgiDialect() if config.strict_tgi else OpenAIDialect(),
+        dialect=dialect,
         service=service,
         metrics=metrics,
         validator=validator,
@@ -82,7 +63,9 @@ def create_app(
         },
         timeouts=timeouts or Timeouts(),
     )
-    _add_routes(app, config.api_key)
+    every = routes(config, dialect)
+    add_routes(app, every, config)
+    app[OPENAPI] = description(every, config)
     app.on_response_prepare.append(_response_headers(config.cors_allow_origin))
 
     async def close_helpers(_: web.Application) -> AsyncIterator[None]:
@@ -112,46 +95,6 @@ def create_runner(app: web.Application, *, shutdown_timeout_s: float = 60.0) -> 
         lingering_time=_LINGERING_S,
         shutdown_timeout=shutdown_timeout_s,
     )
-
-
-def _add_routes(app: web.Application, api_key: str | None) -> None:
-    guard = _key_guard(api_key)
-    for path in {**_GUARDED, **_OPEN}:
-        by_method = {method: guard(handler) for method, handler in _GUARDED.get(path, {}).items()}
-        by_method |= _OPEN.get(path, {})
-        if "GET" in by_method:
-            by_method["HEAD"] = by_method["GET"]
-        # TGI asks for the key before it looks at the method.
-        refuse = _method_not_allowed(sorted(by_method))
-        by_method["*"] = guard(refuse) if path in _GUARDED else refuse
-        resource = app.router.add_resource(path)
-        for method, handler in by_method.items():
-            resource.add_route(method, handler)
-
-
-def _key_guard(api_key: str | None) -> Callable[[Handler], Handler]:
-    """What puts a handler behind the API key: without it, 401 and nothing else."""
-    if api_key is None:
-        return lambda handler: handler
-    expected = f"Bearer {api_key}".encode()
-
-    def guard(handler: Handler) -> Handler:
-        async def guarded(request: web.Request) -> web.StreamResponse:
-            given = request.headers.get("Authorization", "").encode(errors="surrogateescape")
-            if not hmac.compare_digest(given, expected):
-                return web.Response(status=401)
-            return await handler(request)
-
-        return guarded
-
-    return guard
-
-
-def _method_not_allowed(methods: list[str]) -> Handler:
-    async def refuse(request: web.Request) -> web.StreamResponse:
-        return web.Response(status=405, headers={"Allow": ",".join(methods)})
-
-    return refuse
 
 
 @web.middleware

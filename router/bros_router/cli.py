@@ -99,11 +99,13 @@ def invocation(given: Mapping[str, Any], environment: Mapping[str, str], host: H
         click.UsageError: values that contradict each other, or that this server cannot honour.
     """
     values = dict(given)
-    warnings = _check_foreign(values)
+    warnings = _check_foreign(values) + _foreign_variables(environment)
     shows_environment = bool(values.pop("env", False))
     try:
         _fold_input_length(values)
         _fold_sharded(values, host)
+        _fold_prefix_caching(values, environment)
+        _fold_vertex_port(values, environment)
         _check_gpus(values, host)
         _fill_in(values, host)
         warnings += _replace_hostname(values)
@@ -123,10 +125,24 @@ def _check_foreign(values: dict[str, Any]) -> list[str]:
         raise click.UsageError(
             f"--max-total-tokens ({max_total}) must not exceed --max-batch-total-tokens ({max_batch_total})."
         )
+    prefill = values.get("max_batch_prefill_tokens")
+    if prefill is not None and max_batch_total is not None and prefill > max_batch_total:
+        raise click.UsageError(
+            f"--max-batch-prefill-tokens ({prefill}) must not exceed --max-batch-total-tokens ({max_batch_total})."
+        )
     return [
         f"{foreign.flag.option} has no effect. {foreign.reason}"
         for foreign in tgi_flags.ACCEPTED
         if values.pop(foreign.name, None) not in foreign.neutral
+    ]
+
+
+def _foreign_variables(environment: Mapping[str, str]) -> list[str]:
+    """Say which variables of TGI's have no effect."""
+    return [
+        f"{foreign.name} has no effect. {foreign.reason}"
+        for foreign in tgi_flags.VARIABLES
+        if environment.get(foreign.name, "").lower() not in ("", *foreign.neutral)
     ]
 
 
@@ -151,6 +167,23 @@ def _fold_sharded(values: dict[str, Any], host: Host) -> None:
             raise ConfigError("--sharded is true and one device is visible: give --num-shard, or more devices.")
     if sharded and values["num_shard"] <= 1:
         raise ConfigError("--sharded is true and --num-shard is 1: raise one or drop the other.")
+
+
+def _fold_prefix_caching(values: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """TGI turns its prefix cache off by a variable; our flag goes before it."""
+    given = (environment.get(name, "").lower() for name in tgi_flags.PREFIX_CACHING)
+    if any(value and value not in _TRUE for value in given):
+        values.setdefault("disable_prefix_caching", True)
+
+
+def _fold_vertex_port(values: dict[str, Any], environment: Mapping[str, str]) -> None:
+    """Vertex AI says where it will ask; as in TGI, that goes before the flag."""
+    port = environment.get("AIP_HTTP_PORT")
+    if not port:
+        return
+    if not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ConfigError(f"AIP_HTTP_PORT ({port}) is not a port.")
+    values["port"] = int(port)
 
 
 def _check_gpus(values: dict[str, Any], host: Host) -> None:
@@ -196,6 +229,8 @@ def _build(values: Mapping[str, Any], environment: Mapping[str, str]) -> ServerC
             if name in values:
                 sections[section][name] = values[name]
     sections["http"]["compute_type"] = environment.get("COMPUTE_TYPE") or None
+    sections["api"]["vertex_predict_route"] = environment.get("AIP_PREDICT_ROUTE") or None
+    sections["api"]["vertex_health_route"] = environment.get("AIP_HEALTH_ROUTE") or None
     config = {
         section: config_class(**sections[section])
         for section, _, config_class in SECTIONS

@@ -6,12 +6,16 @@ names, defaults and meanings are those of TGI's launcher unless `is_ours`.
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from bros_shard.protocol import MAX_TOP_TOKENS
+
+#: Of a route: what needs no escape, and means nothing to the router of requests.
+_PATH: Final = re.compile(r"/[\w.~:/-]*", re.ASCII)
 
 
 class ConfigError(ValueError):
@@ -145,17 +149,33 @@ class ApiConfig:
         repr=False,
         metadata={"flag": Flag(help="Key that clients must send as `Authorization: Bearer KEY`.")},
     )
+    api_key_scope: str = flag(
+        "tgi",
+        "What the key guards: the routes that TGI guards, or all but health checks.",
+        choices=("tgi", "all"),
+        is_ours=True,
+    )
     cors_allow_origin: tuple[str, ...] = flag((), "Origin allowed by CORS; repeatable.", default_text="any")
     strict_tgi: bool = flag(
         False,
         "Under /v1, answer with TGI's very bytes where they are not what OpenAI's clients expect.",
         is_ours=True,
     )
+    kserve: bool = flag(False, "Serve KServe's routes too, under /v2.", is_ours=True)
+    #: Where Vertex AI sends predictions and health checks; it has no key. `None`: nowhere.
+    vertex_predict_route: str | None = None
+    vertex_health_route: str | None = None
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` for a key that would guard nothing."""
+        """Raises `ConfigError` for a key that would guard nothing, and for routes that are no paths."""
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("--api-key is empty: leave it out to serve without a key.")
+        for name, route in (
+            ("AIP_PREDICT_ROUTE", self.vertex_predict_route),
+            ("AIP_HEALTH_ROUTE", self.vertex_health_route),
+        ):
+            if route is not None and not _PATH.fullmatch(route):
+                raise ConfigError(f"{name} ({route}) is not a path such as /predict.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,6 +377,16 @@ class LogConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class TraceConfig:
+    """Where spans of requests go."""
+
+    otlp_endpoint: str | None = flag(
+        None, "Collector that spans of requests are sent to by OTLP over gRPC, such as http://collector:4317."
+    )
+    otlp_service_name: str = flag("text-generation-inference.router", "Name of the server in spans.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ServerConfig:
     """Everything the server was told, once."""
 
@@ -368,6 +398,7 @@ class ServerConfig:
     ranks: RankConfig = field(default_factory=RankConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    trace: TraceConfig = field(default_factory=TraceConfig)
     #: Where the private folder of sockets is made. Short: a socket's path has at most 107 bytes.
     runtime_base: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
 
@@ -382,4 +413,5 @@ SECTIONS: tuple[tuple[str, str, type], ...] = (
     ("http", "Server", HttpConfig),
     ("api", "Requests", ApiConfig),
     ("log", "Logs", LogConfig),
+    ("trace", "Traces", TraceConfig),
 )

@@ -340,7 +340,9 @@ class StepEngine:
             method,
             num_sequences=len(plan.sequences),
             num_new_sequences=len(plan.new_sequences),
+            num_running=self._scheduler.num_running,
             max_tokens=self._scheduler.max_running_tokens,
+            planning_s=time.monotonic() - now_s,
         )
         try:
             result = await self._shards.send(plan)
@@ -366,7 +368,11 @@ class StepEngine:
         for outcome in self._scheduler.commit(result, now_s):
             self._stream(outcome, now_s)
         self._metrics.step_finished(
-            step.method, total_s=now_s - step.sent_s, forward_s=result.forward_s, sampling_s=result.sampling_s
+            step.method,
+            total_s=now_s - step.sent_s,
+            forward_s=result.forward_s,
+            sampling_s=result.sampling_s,
+            taking_in_s=time.monotonic() - now_s,
         )
         if result.step_s > 0.0 and step.plan.sequences:
             self._metrics.step_predicted(step.planned.predicted_s, result.step_s, self._latency_model.margin)
@@ -450,7 +456,12 @@ class StepEngine:
         sequence = reply.sequence
         if reply.last_token_s is None:
             self._admission.progressed(sequence.sequence_id, sequence.num_prompt_tokens, now_s)
-            self._metrics.observe_ttft(sequence.request_class, now_s - sequence.arrival_s)
+            assert sequence.first_scheduled_s is not None
+            self._metrics.observe_first_token(
+                sequence.request_class,
+                queue_s=sequence.first_scheduled_s - sequence.arrival_s,
+                ttft_s=now_s - sequence.arrival_s,
+            )
             self._metrics.prompt_computed(
                 sequence.request_class, sequence.num_prompt_tokens, num_cached=sequence.num_reused_tokens
             )

@@ -19,6 +19,9 @@ CopyDirection: TypeAlias = Literal["out", "in"]
 #: A step that has any prefill in it counts as `prefill`.
 Method: TypeAlias = Literal["prefill", "decode"]
 
+#: Why new sequences join others, in TGI's words: prefill and decode share steps.
+_JOINED: Final = "chunking"
+
 #: TGI's bounds, in seconds: 0.15 ms to 145.6 s.
 _DURATION_BUCKETS: Final = tuple(0.0001 * 1.5 ** (k + 1) for k in range(35))
 _BATCH_SIZE_BUCKETS: Final = tuple(range(1, 1025))
@@ -57,11 +60,17 @@ class Metrics:
         self._batch_max_tokens = self._gauge(
             "tgi_batch_current_max_tokens", "Tokens that the sequences of the last step may grow to"
         )
+        self._batch_max_total_tokens = self._gauge(
+            "tgi_batch_max_total_tokens", "Tokens that the KV region holds: the most of all sequences together"
+        )
         self._batch_next_size = Histogram(
             "tgi_batch_next_size",
             "Sequences that began in a step",
             buckets=_BATCH_SIZE_BUCKETS,
             registry=self._registry,
+        )
+        self._batch_concat = self._counter(
+            "tgi_batch_concat", "Steps in which new sequences joined those that run, by reason", "reason"
         )
         self._step_count = self._counter("tgi_batch_inference_count", "Steps sent to the ranks", "method")
         self._step_success = self._counter("tgi_batch_inference_success", "Steps that gave a result", "method")
@@ -69,6 +78,12 @@ class Metrics:
         self._step_duration = self._duration("tgi_batch_inference_duration", "From plan to result", "method")
         self._forward_duration = self._duration("tgi_batch_forward_duration", "Forward pass", "method")
         self._sampling_duration = self._duration("tgi_batch_decode_duration", "Choosing the tokens", "method")
+        self._joining_duration = self._duration(
+            "tgi_batch_concat_duration", "Planning a step in which new sequences join those that run", "method"
+        )
+        self._taking_in_duration = self._duration(
+            "tgi_batch_filter_duration", "Taking in what a step gave, and letting go what ended", "method"
+        )
 
         self._classes = _ClassSeries(self._registry)
         self._kv_blocks = Gauge("bros_kv_blocks", "KV blocks by owner", ["owner"], registry=self._registry)
@@ -182,25 +197,42 @@ class Metrics:
 
     # --- steps, as the engine sees them
 
-    def step_sent(self, method: Method, *, num_sequences: int, num_new_sequences: int, max_tokens: int) -> None:
+    def step_sent(
+        self,
+        method: Method,
+        *,
+        num_sequences: int,
+        num_new_sequences: int,
+        num_running: int,
+        max_tokens: int,
+        planning_s: float,
+    ) -> None:
         """A plan went to the ranks.
 
         Args:
             num_new_sequences: those that run for the first time.
+            num_running: those that were let in, in this step or not.
             max_tokens: tokens that all sequences of the step together may grow to.
+            planning_s: seconds that it took to make the plan.
         """
         self._step_count.labels(method).inc()
         self._batch_size.set(num_sequences)
         self._batch_max_tokens.set(max_tokens)
         if num_new_sequences:
             self._batch_next_size.observe(num_new_sequences)
+        if 0 < num_new_sequences < num_running:
+            self._batch_concat.labels(_JOINED).inc()
+            self._joining_duration.labels("decode").observe(planning_s)
 
-    def step_finished(self, method: Method, *, total_s: float, forward_s: float, sampling_s: float) -> None:
-        """A step gave its result: seconds from plan to result, and of those the ranks' own."""
+    def step_finished(
+        self, method: Method, *, total_s: float, forward_s: float, sampling_s: float, taking_in_s: float
+    ) -> None:
+        """A step gave its result: seconds from plan to result, of those the ranks' own, and what came after it."""
         self._step_success.labels(method).inc()
         self._step_duration.labels(method).observe(total_s)
         self._forward_duration.labels(method).observe(forward_s)
         self._sampling_duration.labels(method).observe(sampling_s)
+        self._taking_in_duration.labels(method).observe(taking_in_s)
 
     def rank_worked(self, step_s: float, idle_s: float | None) -> None:
         """Rank 0 spent `step_s` on a step, after `idle_s` without one; `None` where there was no work before."""
@@ -233,6 +265,10 @@ class Metrics:
         self._batch_size.set(0)
         self._batch_max_tokens.set(0)
 
+    def set_max_batch_total_tokens(self, num_tokens: int) -> None:
+        """Tokens that the KV region holds."""
+        self._batch_max_total_tokens.set(num_tokens)
+
     def set_queue_size(self, num_waiting: int) -> None:
         """How many requests wait for their first step."""
         self._queue_size.set(num_waiting)
@@ -250,9 +286,15 @@ class Metrics:
         self._classes.prompt_tokens.labels(request_class.value).inc(num_tokens)
         self._classes.cached_tokens.labels(request_class.value).inc(num_cached)
 
-    def observe_ttft(self, request_class: RequestClass, seconds: float) -> None:
-        """A sequence got its first token this long after it was queued."""
-        self._classes.ttft.labels(request_class.value).observe(seconds)
+    def observe_first_token(self, request_class: RequestClass, *, queue_s: float, ttft_s: float) -> None:
+        """A sequence got its first token.
+
+        Args:
+            queue_s: seconds from the queue to the first step.
+            ttft_s: seconds from the queue to the token.
+        """
+        self._classes.queue_wait.labels(request_class.value).observe(queue_s)
+        self._classes.ttft.labels(request_class.value).observe(ttft_s)
 
     def observe_inter_token(self, request_class: RequestClass, seconds: float) -> None:
         """A sequence got a token this long after the one before."""
@@ -305,6 +347,13 @@ class _ClassSeries:
             buckets=_TTFT_BUCKETS,
             registry=registry,
         )
+        self.queue_wait = Histogram(
+            "bros_queue_wait_seconds",
+            "From arrival in the queue to the first step, in seconds",
+            ["class"],
+            buckets=_TTFT_BUCKETS,
+            registry=registry,
+        )
         self.inter_token = Histogram(
             "bros_inter_token_latency_seconds",
             "Between two tokens of a reply, in seconds",
@@ -346,7 +395,7 @@ class _ClassSeries:
         )
         self.cached_tokens = Counter(
             "bros_prompt_tokens_cached_total",
-            "Those of them that were in the KV cache when their prompt began, by class",
+            "Prompt tokens that were in the KV cache when their prompt began, by class",
             ["class"],
             registry=registry,
         )

@@ -38,6 +38,7 @@ from bros_router.scheduling.step_draft import SchedulerLimits
 from bros_router.service import Phase, ServedModel, Service
 from bros_router.shard_client import GroupInfo, ShardError, ShardGroup
 from bros_router.startup_error import UsageError
+from bros_router.tracing import exporting
 from bros_shard.options import ShardOptions
 from bros_shard.protocol import Hello, Progress
 
@@ -60,7 +61,7 @@ async def serve(config: ServerConfig, listener: socket) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, server.request_stop)
-    with runtime_dir(config.runtime_base) as runtime:
+    with exporting(config.trace), runtime_dir(config.runtime_base) as runtime:
         await server.run(listener, runtime)
 
 
@@ -202,9 +203,11 @@ class Server:
     def _announce(self, model: ServedModel, info: GroupInfo) -> None:
         """The budget that was found, and the one line that says where to send requests."""
         hello = info.hello
+        kv_tokens = hello.num_blocks * hello.block_size
+        self._metrics.set_max_batch_total_tokens(kv_tokens)
         log.info(
             "budget",
-            kv_tokens=hello.num_blocks * hello.block_size,
+            kv_tokens=kv_tokens,
             kv_bytes_per_rank=hello.num_blocks * hello.block_bytes,
             max_total_tokens=model.max_total_tokens,
             max_input_tokens=model.max_input_tokens,

@@ -1,4 +1,5 @@
-"""TGI's launcher flags that are no field of our configuration: other spellings, those without effect, those refused.
+"""TGI's launcher flags and variables that are no field of our configuration: other spellings, those without effect,
+those refused.
 
 A flag that would change what clients get is refused; one that tunes what works differently here is accepted, with
 a warning, so that a command line written for TGI starts.
@@ -28,6 +29,17 @@ class ForeignFlag:
     def name(self) -> str:
         """As an identifier: `max_waiting_tokens`."""
         return self.flag.name.replace("-", "_")
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignVariable:
+    """A variable without a flag that deployments of TGI set, and that has no effect here."""
+
+    name: str
+    #: Why.
+    reason: str
+    #: Values, in lower case, that ask for what is done here anyway.
+    neutral: tuple[str, ...] = ()
 
 
 def _foreign(name: str, kind: type, help: str, reason: str, **how: object) -> ForeignFlag:
@@ -88,8 +100,6 @@ ACCEPTED: Final = (
         "Weights are read where the model is: give that folder as --model-id.",
     ),
     _foreign("disable-grammar-support", bool, "Refuse grammars.", "Grammars are not served."),
-    _foreign("otlp-endpoint", str, "Collector of traces.", "Traces are not sent."),
-    _foreign("otlp-service-name", str, "Name in traces.", "Traces are not sent."),
     _foreign(
         "usage-stats",
         str,
@@ -123,4 +133,15 @@ REFUSED: Final = (
     ),
     _foreign("lora-adapters", str, "Adapters to load.", "Adapters are not supported yet: merge one into the model."),
     _foreign("ngrok", bool, "Open a tunnel.", "The server opens no tunnel: put a proxy in front."),
+)
+
+#: Variables that turn TGI's prefix cache off where they are no word for yes; the second is that of TGI 2.
+PREFIX_CACHING: Final = ("PREFIX_CACHING", "USE_PREFIX_CACHING")
+
+VARIABLES: Final = (
+    ForeignVariable("ATTENTION", "The kernels choose for themselves: see --kernels."),
+    ForeignVariable("MAX_IMAGE_FETCH_SIZE", "Nothing is ever fetched for a request."),
+    ForeignVariable("PREFILL_CHUNKING", "Long prompts are always prefilled in several steps.", ("1", "true")),
+    ForeignVariable("TGI_WIGGLE_ROOM", "See --cuda-memory-fraction and --kv-cache-memory."),
+    ForeignVariable("USE_FLASH_ATTENTION", "The kernels choose for themselves: see --kernels.", ("1", "true")),
 )

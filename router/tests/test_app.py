@@ -212,7 +212,7 @@ async def test_a_wrong_method_is_405_with_the_right_ones(serve, method, path, al
 
 @pytest.mark.parametrize(
     "path",
-    ["/nope", "/generate/", "//generate", "/v1/chat/completions/", "/v1", "/invocations", "/docs", "/%2e%2e/health"],
+    ["/nope", "/generate/", "//generate", "/v1/chat/completions/", "/v1", "/v2", "/docs/x.js", "/%2e%2e/health"],
 )
 async def test_an_unknown_path_is_an_empty_404(serve, path):
     server = await serve()

@@ -8,7 +8,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from bros_router import cli
+from bros_router import cli, tgi_flags
 from bros_router.cli import Invocation, invocation
 from bros_router.config import SchedulingConfig, ServerConfig
 from bros_router.host import Host
@@ -45,7 +45,16 @@ def only(environment: dict[str, str]) -> dict[str, str | None]:
     """An environment without the variables of ours that the tests' own may have."""
     options = {option.envvar for option in cli.serve_options() if isinstance(option.envvar, str)}
     others = {"HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_API_TOKEN", "HF_HUB_OFFLINE", "HF_ENDPOINT", "LOG_LEVEL"}
-    others |= {"LOG_COLORIZE", "COMPUTE_TYPE", "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES"}
+    others |= {variable.name for variable in tgi_flags.VARIABLES} | {*tgi_flags.PREFIX_CACHING}
+    others |= {
+        "AIP_HTTP_PORT",
+        "AIP_PREDICT_ROUTE",
+        "AIP_HEALTH_ROUTE",
+        "LOG_COLORIZE",
+        "COMPUTE_TYPE",
+        "CUDA_VISIBLE_DEVICES",
+        "NVIDIA_VISIBLE_DEVICES",
+    }
     return dict.fromkeys(options | others) | environment
 
 
@@ -65,6 +74,7 @@ def test_flags_of_a_tgi_deployment():
         *("--cors-allow-origin", "https://a.example", "--cors-allow-origin", "https://b.example"),
         *("--api-key", "k", "--rope-scaling", "dynamic", "--rope-factor", "2", "--cuda-memory-fraction", "0.5"),
         *("--huggingface-hub-cache", "/data", "--tokenizer-config-path", "/t.json"),
+        *("--otlp-endpoint", "http://collector:4317", "--otlp-service-name", "chat"),
     )
     config = asked.config
     assert (config.model.model_id, config.model.revision, config.model.dtype) == ("org/model", "refs/pr/2", "bfloat16")
@@ -78,6 +88,7 @@ def test_flags_of_a_tgi_deployment():
     assert config.ranks.cuda_memory_fraction == 0.5
     assert (config.hub.cache_dir, config.model.tokenizer_config_path) == (Path("/data"), Path("/t.json"))
     assert config.log.json_output
+    assert (config.trace.otlp_endpoint, config.trace.otlp_service_name) == ("http://collector:4317", "chat")
     assert asked.warnings == ()
 
 
@@ -139,6 +150,58 @@ def test_environment_that_has_no_flag():
     assert (config.log.level, config.log.colorize) == ("WARNING", None)
     assert parse(HF_API_TOKEN="api").config.hub.token == "api"
     assert parse(LOG_COLORIZE="0").config.log.colorize is False
+
+
+@pytest.mark.parametrize(
+    ("environment", "is_disabled"),
+    [
+        ({}, False),
+        ({"PREFIX_CACHING": "1"}, False),
+        ({"PREFIX_CACHING": "True"}, False),
+        ({"PREFIX_CACHING": ""}, False),
+        ({"PREFIX_CACHING": "0"}, True),
+        ({"USE_PREFIX_CACHING": "false"}, True),
+        ({"PREFIX_CACHING": "0", "BROS_DISABLE_PREFIX_CACHING": "false"}, False),
+        ({"PREFIX_CACHING": "1", "BROS_DISABLE_PREFIX_CACHING": "true"}, True),
+    ],
+)
+def test_tgis_variable_turns_the_prefix_cache_off_unless_our_flag_speaks(environment, is_disabled):
+    assert parse(**environment).config.ranks.disable_prefix_caching is is_disabled
+
+
+def test_variables_of_tgi_that_have_no_effect_get_a_warning():
+    asked = parse(ATTENTION="paged", TGI_WIGGLE_ROOM="0.9", PREFILL_CHUNKING="0", MAX_IMAGE_FETCH_SIZE="1")
+    assert [warning.split(" has no effect. ")[0] for warning in asked.warnings] == [
+        "ATTENTION",
+        "MAX_IMAGE_FETCH_SIZE",
+        "PREFILL_CHUNKING",
+        "TGI_WIGGLE_ROOM",
+    ]
+    assert parse(PREFILL_CHUNKING="1", USE_FLASH_ATTENTION="true", ATTENTION="").warnings == ()
+
+
+def test_vertex_ai_says_where_it_asks():
+    config = parse(
+        "--port", "80", AIP_HTTP_PORT="8080", AIP_PREDICT_ROUTE="/predict", AIP_HEALTH_ROUTE="/v1/x:is_ok"
+    ).config
+    assert config.http.port == 8080
+    assert (config.api.vertex_predict_route, config.api.vertex_health_route) == ("/predict", "/v1/x:is_ok")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("AIP_HTTP_PORT", "http"),
+        ("AIP_HTTP_PORT", "65536"),
+        ("AIP_HTTP_PORT", "\u0663"),
+        ("AIP_PREDICT_ROUTE", "predict"),
+        ("AIP_PREDICT_ROUTE", "/{x}"),
+        ("AIP_HEALTH_ROUTE", "/a b"),
+        ("AIP_HEALTH_ROUTE", "/health\n"),
+    ],
+)
+def test_what_is_no_port_and_no_path_is_refused(variable, value):
+    assert variable in refuse(**{variable: value})
 
 
 @pytest.mark.parametrize(
@@ -231,8 +294,6 @@ def test_private_folder_of_the_user_where_there_is_one(tmp_path):
         ["--master-port", "29500"],
         ["--weights-cache-override", "/weights"],
         ["--disable-grammar-support"],
-        ["--otlp-endpoint", "http://collector:4317"],
-        ["--otlp-service-name", "name"],
         ["--usage-stats", "off"],
         ["--ngrok-authtoken", "x"],
         ["--ngrok-edge", "x"],
@@ -276,6 +337,11 @@ def test_refusal_covers_the_environment_but_not_values_that_ask_for_nothing():
         (["--max-input-tokens", "10", "--max-total-tokens", "10"], "must be less than --max-total-tokens"),
         (["--max-input-tokens", "5", "--max-input-length", "5"], "are both set"),
         (["--max-total-tokens", "20", "--max-batch-total-tokens", "10"], "must not exceed --max-batch-total-tokens"),
+        (
+            ["--max-batch-prefill-tokens", "20", "--max-batch-total-tokens", "10"],
+            "must not exceed --max-batch-total-tokens",
+        ),
+        (["--api-key-scope", "none"], "--api-key-scope"),
         (["--sharded", "true"], "one device is visible"),
         (["--sharded", "true", "--num-shard", "1"], "--num-shard is 1"),
         (["--num-shard", "0"], "--num-shard"),

@@ -60,6 +60,12 @@ def test_refused_flags():
     assert rows("Refused") == foreign_rows(tgi_flags.REFUSED)
 
 
+def test_variables_without_effect():
+    table = PAGE.split("get a warning:\n")[1].split("\n## ")[0].strip().splitlines()[2:]
+    expected = [f"| `{variable.name}` | {variable.reason} |" for variable in tgi_flags.VARIABLES]
+    assert table == expected
+
+
 def test_exit_statuses():
     assert [int(row[0]) for row in rows("Exit status")] == list(ExitCode)
 

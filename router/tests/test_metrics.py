@@ -45,6 +45,7 @@ def test_unused_series_are_not_shown():
         "tgi_queue_size": 0,
         "tgi_batch_current_size": 0,
         "tgi_batch_current_max_tokens": 0,
+        "tgi_batch_max_total_tokens": 0,
         "bros_batch_cap": 0,
         "bros_step_prediction_margin": 0,
     }
@@ -85,18 +86,26 @@ def test_requests_are_counted_under_tgis_names():
 
 def test_steps_are_counted_by_method():
     metrics = Metrics()
-    metrics.step_sent("prefill", num_sequences=3, num_new_sequences=2, max_tokens=100)
-    metrics.step_finished("prefill", total_s=0.5, forward_s=0.25, sampling_s=0.125)
-    metrics.step_sent("decode", num_sequences=3, num_new_sequences=0, max_tokens=100)
+    metrics.step_sent("prefill", num_sequences=2, num_new_sequences=2, num_running=2, max_tokens=80, planning_s=0.5)
+    metrics.step_finished("prefill", total_s=0.5, forward_s=0.25, sampling_s=0.125, taking_in_s=0.0625)
+    metrics.step_sent("prefill", num_sequences=1, num_new_sequences=1, num_running=3, max_tokens=100, planning_s=0.25)
+    metrics.step_sent("decode", num_sequences=3, num_new_sequences=0, num_running=3, max_tokens=100, planning_s=0.5)
     metrics.step_failed("decode")
     metrics.set_queue_size(7)
+    metrics.set_max_batch_total_tokens(64000)
     assert {name: value for name, value in samples(metrics).items() if name.startswith("tgi_")} == {
         "tgi_queue_size": 7,
         "tgi_batch_current_size": 3,
         "tgi_batch_current_max_tokens": 100,
-        "tgi_batch_next_size_count": 1,
-        "tgi_batch_next_size_sum": 2,
-        'tgi_batch_inference_count{method="prefill"}': 1,
+        "tgi_batch_max_total_tokens": 64000,
+        "tgi_batch_next_size_count": 2,
+        "tgi_batch_next_size_sum": 3,
+        'tgi_batch_concat{reason="chunking"}': 1,  # the step in which one joined two
+        'tgi_batch_concat_duration_count{method="decode"}': 1,
+        'tgi_batch_concat_duration_sum{method="decode"}': 0.25,
+        'tgi_batch_filter_duration_count{method="prefill"}': 1,
+        'tgi_batch_filter_duration_sum{method="prefill"}': 0.0625,
+        'tgi_batch_inference_count{method="prefill"}': 2,
         'tgi_batch_inference_count{method="decode"}': 1,
         'tgi_batch_inference_success{method="prefill"}': 1,
         'tgi_batch_inference_failure{method="decode"}': 1,
@@ -126,12 +135,14 @@ def test_the_time_of_rank_0_is_told():
 
 def test_what_is_ours_is_told_by_class_and_owner():
     metrics = Metrics()
-    metrics.observe_ttft(RequestClass.RT, 0.5)
+    metrics.observe_first_token(RequestClass.RT, queue_s=0.125, ttft_s=0.5)
     metrics.observe_inter_token(RequestClass.BE, 0.25)
     metrics.set_kv_blocks(rt=3, be=4, cached=6, free=5)
     metrics.prompt_computed(RequestClass.BE, 20, num_cached=16)
     metrics.frame_dropped("malformed")
     assert ours(metrics) == {
+        'bros_queue_wait_seconds_count{class="rt"}': 1,
+        'bros_queue_wait_seconds_sum{class="rt"}': 0.125,
         'bros_time_to_first_token_seconds_count{class="rt"}': 1,
         'bros_time_to_first_token_seconds_sum{class="rt"}': 0.5,
         'bros_inter_token_latency_seconds_count{class="be"}': 1,
@@ -209,7 +220,7 @@ def test_buckets_are_tgis():
     metrics = Metrics()
     validated(metrics)
     succeeded(metrics)
-    metrics.step_sent("decode", num_sequences=1, num_new_sequences=1, max_tokens=1)
+    metrics.step_sent("decode", num_sequences=1, num_new_sequences=1, num_running=1, max_tokens=1, planning_s=0.0)
     durations = bounds(metrics, "tgi_request_duration")
     assert len(durations) == 35
     assert durations[0] == pytest.approx(0.00015)

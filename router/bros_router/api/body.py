@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from itertools import accumulate, takewhile
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -13,6 +13,7 @@ from aiohttp import web
 from bros_router.api import errors
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 #: TGI's parser refuses deeper nesting.
 _MAX_DEPTH: Final = 128
@@ -25,9 +26,15 @@ _TRAILING: Final = re.compile(r".* trailing characters \(byte (?P<number>\d+)\)"
 _PATH = re.compile(r"(?P<reason>.*) - at `\$\.?(?P<path>.*)`", re.DOTALL)
 
 
-async def read_json(
-    request: web.Request, decoder: msgspec.json.Decoder[T], *, limit_bytes: int, deadline_s: float
-) -> T:
+class Decoder(Protocol[T_co]):
+    """What makes a value of JSON, as `msgspec.json.Decoder` does."""
+
+    def decode(self, body: bytes, /) -> T_co:
+        """The value. Raises `msgspec.DecodeError` or `UnicodeDecodeError` where the body is none."""
+        ...
+
+
+async def read_json(request: web.Request, decoder: Decoder[T], *, limit_bytes: int, deadline_s: float) -> T:
     """The decoded body.
 
     Args:
@@ -71,7 +78,7 @@ async def _read(request: web.Request, limit_bytes: int) -> bytes:
     return bytes(body)
 
 
-def decode_json(decoder: msgspec.json.Decoder[T], body: bytes) -> T:
+def decode_json(decoder: Decoder[T], body: bytes) -> T:
     """Decode the first JSON value of `body`; what follows it is ignored, as TGI does.
 
     Raises:

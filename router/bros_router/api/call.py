@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 import msgspec
 import structlog
 from aiohttp import web
+from opentelemetry.trace import Span
 
+from bros_router import tracing
 from bros_router.admission import Permits
 from bros_router.api import errors
 from bros_router.api.dialect import Dialect
@@ -76,6 +78,11 @@ class Api:
             raise errors.UnavailableError(self.service.phase)
         return self.service.model
 
+    def check_room(self, num_requests: int) -> None:
+        """Refuse a body of more requests than there are permits before it takes time. Raises `OverloadedError`."""
+        if num_requests > self.config.max_concurrent_requests + self.config.max_concurrent_be_requests:
+            raise OverloadedError
+
 
 API = web.AppKey("api", Api)
 
@@ -95,11 +102,12 @@ class Timings:
 class Call:
     """An accepted call: iterate over `events`, or over `generation` and report how it went with `succeeded`."""
 
-    def __init__(self, api: Api, request: ValidRequest, generation: Generation, arrived_s: float) -> None:
+    def __init__(self, api: Api, request: ValidRequest, generation: Generation, arrived_s: float, span: Span) -> None:
         self.request = request
         self.generation = generation
         self._api = api
         self._arrived_s = arrived_s
+        self._span = span
         self._queued_s = time.monotonic()
 
     @property
@@ -137,6 +145,16 @@ class Call:
             num_generated_tokens=finish.num_generated_tokens,
         )
         self._api.metrics.request_ended(self.request.request_class, "success")
+        tracing.note_success(
+            self._span,
+            total_s=timings.total_s,
+            validation_s=timings.validation_s,
+            queue_s=timings.queue_s,
+            inference_s=timings.inference_s,
+            num_prompt_tokens=len(self.request.prompt_token_ids),
+            num_generated_tokens=finish.num_generated_tokens,
+            finish_reason=finish.reason.value,
+        )
         return timings
 
 
@@ -200,6 +218,7 @@ async def inference_calls(
     arrived_s = time.monotonic()
     model, engine = api.served()
     api.metrics.request_received()
+    span = tracing.inference_span(request.request_id, level.request_class)
     try:
         api.validator.check_before_admission(request, is_stream=is_stream)
         with ExitStack() as held:
@@ -219,12 +238,16 @@ async def inference_calls(
                 sequence = _sequence(valid, index)
                 generation = held.enter_context(engine.submit(sequence))
                 api.metrics.request_admitted(level.request_class, generation.terms.admission)
-                calls.append(Call(api, sequence, generation, arrived_s))
+                calls.append(Call(api, sequence, generation, arrived_s, span))
             yield calls
     except ConnectionError:
         raise  # the client is gone: its sequence was ended, and the engine counted it
     except Exception as error:
-        raise _counted(error, api, engine, level) from None
+        public = _counted(error, api, engine, level)
+        tracing.note_failure(span, public.error_type)
+        raise public from None
+    finally:
+        span.end()
 
 
 def _sequence(request: ValidRequest, index: int) -> ValidRequest:

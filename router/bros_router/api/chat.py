@@ -44,19 +44,16 @@ _RENDERING_RETRY_S: Final = 1.0
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
     """`POST /v1/chat/completions`: as the body's `stream` says."""
+    return await chat_reply(request, await read_for_inference(request, request.app[API].dialect.chat_decoder))
+
+
+async def chat_reply(request: web.Request, body: AnyChatBody) -> web.StreamResponse:
+    """What `/v1/chat/completions` answers to a body."""
     api = request.app[API]
-    body = await read_for_inference(request, api.dialect.chat_decoder)
     level = service_level(request.headers, body.request_class, api.config)
     # Told by the status, streams included: TGI renders before it answers.
     with preparation(api, level):
-        prompt = await _rendered(api, body)
-        inference = InferenceRequest(
-            prompt,
-            body.parameters(),
-            adds_special_tokens=False,
-            cuts_stop_sequences=api.dialect.cuts_stop_sequences,
-            openai=body.openai,
-        )
+        inference = await _inference(api, body)
     named = None if body.model == _PLACEHOLDER_MODEL else body.model
     chat = _Chat(
         api,
@@ -64,13 +61,23 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         level,
         inference,
         ReplyHead(api.dialect.reply_id("chatcmpl", inference.request_id), named or api.model().model_id),
-        compute_headers(api.model(), len(prompt), level.request_class),
+        compute_headers(api.model(), len(inference.inputs), level.request_class),
     )
     if not body.stream:
         return await chat.answer()
     return await stream_response(
         request, chat.headers, chat.send_events, error_event=error_event, last_event=LAST_EVENT
     )
+
+
+async def chat_text(request: web.Request, body: AnyChatBody) -> str:
+    """The text of the whole reply to a chat, the first of several, whatever its `stream` says. Raises `ApiError`."""
+    api = request.app[API]
+    level = service_level(request.headers, body.request_class, api.config)
+    with preparation(api, level):
+        inference = await _inference(api, body)
+    replies = await whole_replies(api, inference, level)
+    return replies[0].finish.generated_text
 
 
 async def chat_tokenize(request: web.Request) -> web.StreamResponse:
@@ -80,6 +87,17 @@ async def chat_tokenize(request: web.Request) -> web.StreamResponse:
     prompt = await _rendered(api, await read_body(request, api.dialect.chat_decoder))
     tokens = await api.validator.tokenize(prompt, tokenizer, adds_special_tokens=False)
     return json_response(ChatTokenizeReply(tokens, prompt))
+
+
+async def _inference(api: Api, body: AnyChatBody) -> InferenceRequest:
+    """The chat as a prompt. Raises as `_rendered`."""
+    return InferenceRequest(
+        await _rendered(api, body),
+        body.parameters(),
+        adds_special_tokens=False,
+        cuts_stop_sequences=api.dialect.cuts_stop_sequences,
+        openai=body.openai,
+    )
 
 
 async def _rendered(api: Api, body: AnyChatBody) -> str:
@@ -161,7 +179,7 @@ class _Chat:
         dialect = self.api.dialect
         return ChatChunkChoice(
             index=index,
-            delta=Delta(dialect.delta_role(is_first=is_first), event.shown),
+            delta=Delta(role=dialect.delta_role(is_first=is_first), content=event.shown),
             logprobs=logprobs([event.token]) if self.body.logprobs else None,
             finish_reason=None if event.finish is None else dialect.finish_reason(event.finish.reason),
         )

@@ -33,8 +33,13 @@ from bros_router.request import PromptDetails, Token, TokenEvent
 
 async def completions(request: web.Request) -> web.StreamResponse:
     """`POST /v1/completions`: as the body's `stream` says."""
+    decoder = request.app[API].dialect.completion_decoder
+    return await completions_reply(request, await read_for_inference(request, decoder))
+
+
+async def completions_reply(request: web.Request, body: AnyCompletionBody) -> web.StreamResponse:
+    """What `/v1/completions` answers to a body."""
     api = request.app[API]
-    body = await read_for_inference(request, api.dialect.completion_decoder)
     level = service_level(request.headers, body.request_class, api.config)
     with preparation(api, level):
         inferences = _inferences(api, body)

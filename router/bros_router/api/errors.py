@@ -70,6 +70,37 @@ class ClientBatchSizeError(ApiError):
         super().__init__(f"Number of prompts exceeds the maximum allowed batch size of {max_client_batch_size}")
 
 
+class NoInstancesError(ApiError):
+    """A body of Vertex AI that asks for nothing."""
+
+    status, error_type, failure = 422, "Input validation error", "validation"
+
+    def __init__(self) -> None:
+        super().__init__("Input validation error")
+
+
+class Utf8Error(ApiError):
+    """A prompt of KServe that is no text, in the words of TGI's language."""
+
+    status, error_type, failure = 422, "utf8", "validation"
+
+    def __init__(self, error: UnicodeDecodeError) -> None:
+        if error.reason == "unexpected end of data":
+            super().__init__(f"incomplete utf-8 byte sequence from index {error.start}")
+        else:
+            num_bytes = error.end - error.start
+            super().__init__(f"invalid utf-8 sequence of {num_bytes} bytes from index {error.start}")
+
+
+class LengthMismatchError(ApiError):
+    """A body of KServe with another number of outputs than of inputs."""
+
+    status, error_type, failure = 422, "length mismatch", "validation"
+
+    def __init__(self) -> None:
+        super().__init__("Inputs and outputs length mismatch")
+
+
 class OverloadedApiError(ApiError):
     """No concurrency permit, or a full queue. TGI does not say when to try again."""
 

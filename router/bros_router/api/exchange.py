@@ -10,20 +10,20 @@ import msgspec
 from aiohttp import web
 
 from bros_router.api import errors
-from bros_router.api.body import read_json
+from bros_router.api.body import Decoder, read_json
 from bros_router.api.call import API
 from bros_router.api.sse import EventStream
 
 T = TypeVar("T")
 
 
-async def read_body(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
+async def read_body(request: web.Request, decoder: Decoder[T]) -> T:
     """The decoded body. Raises `Rejection` or `ApiError` where there is none."""
     api = request.app[API]
     return await read_json(request, decoder, limit_bytes=api.config.payload_limit, deadline_s=api.timeouts.body_s)
 
 
-async def read_for_inference(request: web.Request, decoder: msgspec.json.Decoder[T]) -> T:
+async def read_for_inference(request: web.Request, decoder: Decoder[T]) -> T:
     """As `read_body`. Refuses while nothing is served: before the body is read, and again after the time that took."""
     api = request.app[API]
     api.served()

@@ -35,7 +35,7 @@ from bros_router.api.validation import InferenceRequest
 from bros_router.request import Finish, Token
 
 _generate_decoder = msgspec.json.Decoder(GenerateRequest)
-_compat_decoder = msgspec.json.Decoder(CompatGenerateRequest)
+COMPAT_DECODER = msgspec.json.Decoder(CompatGenerateRequest)
 
 
 # --- inference
@@ -43,7 +43,7 @@ _compat_decoder = msgspec.json.Decoder(CompatGenerateRequest)
 
 async def generate(request: web.Request) -> web.StreamResponse:
     """`POST /generate`: the whole reply as one object."""
-    reply, headers = await _generate(request, await read_for_inference(request, _generate_decoder))
+    reply, headers = await generate_reply(request, await read_for_inference(request, _generate_decoder))
     return json_response(reply, headers)
 
 
@@ -53,8 +53,12 @@ async def generate_stream(request: web.Request) -> web.StreamResponse:
 
 
 async def compat_generate(request: web.Request) -> web.StreamResponse:
-    """`POST /`: as the body's `stream` says; a whole reply comes as an array of one."""
-    body = await read_for_inference(request, _compat_decoder)
+    """`POST /`: as the body's `stream` says."""
+    return await compat_reply(request, await read_for_inference(request, COMPAT_DECODER))
+
+
+async def compat_reply(request: web.Request, body: CompatGenerateRequest) -> web.StreamResponse:
+    """What `POST /` answers to a body: a stream, or a whole reply as an array of one."""
     if body.parameters.return_full_text is None:
         # The hub's text-generation pipeline repeats the prompt, and an unknown pipeline is taken for that one.
         is_full_text = request.app[API].model().pipeline_tag in (None, "text-generation")
@@ -62,7 +66,7 @@ async def compat_generate(request: web.Request) -> web.StreamResponse:
         body = msgspec.structs.replace(body, parameters=parameters)
     if body.stream:
         return await _stream(request, body)
-    reply, headers = await _generate(request, body)
+    reply, headers = await generate_reply(request, body)
     return json_response([reply], headers)
 
 
@@ -74,7 +78,8 @@ async def tokenize(request: web.Request) -> web.StreamResponse:
     return json_response(await api.validator.tokenize(body.inputs, tokenizer))
 
 
-async def _generate(request: web.Request, body: GenerateRequest) -> tuple[GenerateReply, dict[str, str]]:
+async def generate_reply(request: web.Request, body: GenerateRequest) -> tuple[GenerateReply, dict[str, str]]:
+    """The whole reply to a body, and its headers. Raises `ApiError`."""
     api = request.app[API]
     level = _service_level(request, body)
     headers = compute_headers(api.model(), len(body.inputs), level.request_class)

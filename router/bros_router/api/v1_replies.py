@@ -79,10 +79,10 @@ class ChatCompletion(Struct, frozen=True, tag_field="object", tag="chat.completi
     usage: Usage
 
 
-class Delta(Struct, frozen=True):
+class Delta(Struct, frozen=True, kw_only=True):
     """What a message grows by."""
 
-    role: str | UnsetType
+    role: str | UnsetType = UNSET
     content: str
 
 
