@@ -92,6 +92,8 @@ def test_variables_of_our_own_flags_meet_nobody_elses():
         "--kv-slots-limit": "BROS_KV_SLOTS_LIMIT",
         "--block-size": "BROS_BLOCK_SIZE",
         "--disable-prefix-caching": "BROS_DISABLE_PREFIX_CACHING",
+        "--api-key-scope": "BROS_API_KEY_SCOPE",
+        "--kserve": "BROS_KSERVE",
         "--cpu-threads": "BROS_CPU_THREADS",
     }
 
