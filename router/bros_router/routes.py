@@ -260,11 +260,20 @@ def _docs_routes() -> Iterator[Route]:
 def _kserve_routes() -> Iterator[Route]:
     model = "/v2/models/{name}/versions/{version}"
     metadata, live = _json(kserve.Metadata), _json(kserve.Live)
-    for path, handler, access, operation in (
-        ("/v2", kserve.server_metadata, Access.OPEN, Operation(name="kserve_server", summary="KServe: the server")),
-        (model, kserve.model_metadata, Access.OPEN, Operation(name="kserve_model", summary="KServe: the model")),
-    ):
-        yield Route("GET", path, handler, access, replace(operation, replies=metadata))
+    yield Route(
+        "GET",
+        "/v2",
+        kserve.server_metadata,
+        Access.OPEN,
+        Operation(name="kserve_server", summary="KServe: the server", replies=metadata),
+    )
+    yield Route(
+        "GET",
+        model,
+        kserve.model_metadata,
+        Access.OPEN,
+        Operation(name="kserve_model", summary="KServe: the model", replies=metadata),
+    )
     yield Route(
         "GET",
         "/v2/health/live",
@@ -284,7 +293,7 @@ def _kserve_routes() -> Iterator[Route]:
         "POST",
         f"{model}/infer",
         kserve.infer,
-        Access.OPEN,
+        Access.KEY,
         Operation(
             name="kserve_infer",
             summary="KServe: go on from prompts given as bytes",

@@ -46,12 +46,11 @@ async def test_a_key_for_all_leaves_health_checks_alone(serve):
 
 async def test_tgis_scope_guards_what_generates(serve):
     server = await serve(ApiConfig(api_key="secret", kserve=True, vertex_predict_route="/predict"))
-    for path in ("/invocations", "/vertex"):
+    for path in ("/invocations", "/vertex", f"{MODEL}/infer"):
         response = await server.client.post(path, json={"inputs": "x"})
         assert (response.status, await response.read()) == (401, b"")
     assert (await server.client.post("/predict", json={"instances": [{"inputs": "x"}]})).status == 200
-    infer = {"id": "1", "inputs": [bytes_of("x")], "outputs": [{"name": "text"}]}
-    assert (await server.client.post(f"{MODEL}/infer", json=infer)).status == 200
+    assert (await server.client.get(MODEL)).status == 200
 
 
 def test_every_route_that_generates_by_tgis_table_needs_the_key():
@@ -305,6 +304,48 @@ def test_examples_are_what_they_describe(dialect):
                 jsonschema.validate(media["example"], media["schema"] | {"components": described["components"]})
                 num_examples += 1
     assert num_examples >= 8
+
+
+GENERATE = {"inputs": "x", "parameters": {"details": True, "do_sample": True}}
+ANSWERED = [
+    ("/generate", GENERATE),
+    ("/generate", {"inputs": ""}),
+    ("/generate_stream", GENERATE),
+    ("/generate_stream", {"inputs": ""}),
+    ("/", GENERATE),
+    ("/", GENERATE | {"stream": True}),
+    ("/v1/chat/completions", CHAT | {"logprobs": True}),
+    ("/v1/chat/completions", CHAT | {"logprobs": True, "stream": True, "stream_options": {"include_usage": True}}),
+    ("/v1/chat/completions", CHAT | {"top_p": 2, "stream": True}),
+    ("/v1/completions", {"prompt": ["x", "y"]}),
+    ("/v1/completions", {"prompt": ["x", "y"], "stream": True}),
+    ("/v1/completions", {"prompt": "x", "top_p": 2, "stream": True}),
+    ("/v1/completions", {"prompt": "x", "suffix": "y"}),
+    ("/invocations", CHAT),
+    ("/vertex", {"instances": [CHAT]}),
+    ("/tokenize", GENERATE),
+    ("/chat_tokenize", CHAT),
+]
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+@pytest.mark.parametrize(("path", "body"), ANSWERED)
+async def test_answers_are_what_is_described(serve, path, body, is_strict):
+    server = await serve(ApiConfig(strict_tgi=is_strict))
+    described = await (await server.client.get("/api-doc/openapi.json")).json()
+    components = {"components": described["components"]}
+    response = await server.client.post(path, json=body)
+    contents = described["paths"][path]["post"]["responses"][str(response.status)]["content"]
+    schema = contents[response.content_type]["schema"]
+    if response.content_type == "application/json":
+        jsonschema.validate(await response.json(), schema | components)
+        return
+    events = [event.removeprefix("data: ") for event in (await response.text()).split("\n\n")]
+    events = [event for event in events if event not in ("", "[DONE]")]
+    assert events
+    for event in events:
+        jsonschema.validate({"data": event}, schema | components)
+        jsonschema.validate(json.loads(event), schema["properties"]["data"]["contentSchema"] | components)
 
 
 def test_the_description_tells_where_the_key_is_asked_for():
