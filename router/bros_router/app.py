@@ -19,6 +19,7 @@ from bros_router.api.dialect import OpenAIDialect, TgiDialect
 from bros_router.api.validation import Validator
 from bros_router.chat_templates.renderer import TemplateRenderer
 from bros_router.config import ApiConfig
+from bros_router.grammars.vetter import GrammarVetter
 from bros_router.metrics import Metrics
 from bros_router.request import RequestClass
 from bros_router.service import Service
@@ -68,7 +69,8 @@ def create_app(
 ) -> web.Application:
     """The application. `create_runner` runs it."""
     app = web.Application(middlewares=[_answer_preflight, _answer_errors])
-    validator, templates = Validator(config), TemplateRenderer()
+    grammars, templates = GrammarVetter(), TemplateRenderer()
+    validator = Validator(config, grammars)
     app[API] = Api(
         config=config,
         dialect=TgiDialect() if config.strict_tgi else OpenAIDialect(),
@@ -89,6 +91,7 @@ def create_app(
         yield
         validator.close()
         await templates.close()
+        await grammars.close()
 
     app.cleanup_ctx.append(close_helpers)
     return app

@@ -130,6 +130,7 @@ class ApiConfig:
     max_best_of: int = flag(2, "Largest best_of.", minimum=1)
     max_stop_sequences: int = flag(4, "Most stop sequences of a request.", minimum=0)
     max_top_n_tokens: int = flag(5, "Largest top_n_tokens.", minimum=0)
+    disable_grammar_support: bool = flag(False, "Refuse grammars, formats of replies, and tools.")
     max_client_batch_size: int = flag(4, "Most prompts of a completions request.", minimum=1)
     validation_workers: int = flag(2, "Threads that tokenise and validate.", minimum=1)
     payload_limit: int = flag(2_000_000, "Largest request body, in bytes.", minimum=1)

@@ -55,6 +55,8 @@ class ValidRequest:
     cuts_stop_sequences: bool = False
     #: An extension to TGI: go on past the end-of-sequence token (benchmarks with forced lengths).
     ignore_eos: bool = False
+    #: What the generated text must match, as ranks take it (`bros_shard.protocol.Guidance`); `None`: anything.
+    grammar: str | None = None
     request_class: RequestClass = RequestClass.RT
     #: Targets of a real-time request, as the client or else the operator set them; `None`: nobody did.
     ttft_s: float | None = None

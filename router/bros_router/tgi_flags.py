@@ -87,7 +87,6 @@ ACCEPTED: Final = (
         "Folder of weights.",
         "Weights are read where the model is: give that folder as --model-id.",
     ),
-    _foreign("disable-grammar-support", bool, "Refuse grammars.", "Grammars are not served."),
     _foreign("otlp-endpoint", str, "Collector of traces.", "Traces are not sent."),
     _foreign("otlp-service-name", str, "Name in traces.", "Traces are not sent."),
     _foreign(

@@ -50,7 +50,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
     ({"watermark": True}, "`watermark` is not supported by this server"),
     ({"decoder_input_details": True}, "`decoder_input_details` is not supported by this server"),
     ({"top_n_tokens": 1}, "`top_n_tokens` > 0 is not supported by this server"),
-    ({"grammar": {"type": "regex", "value": "[a-z]+"}}, "`grammar` is not supported by this server"),
+    ({"grammar": {"type": "regex", "value": "[a-z]+"}}, "grammar is not supported"),
     ({"adapter_id": "acme/lora"}, "`adapter_id` is not supported by this server"),
 ]
 

@@ -18,9 +18,11 @@ from typing import Annotated, Final, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta, Struct, field
 
-PROTOCOL_VERSION: Final = 2
+PROTOCOL_VERSION: Final = 3
 #: No honest frame comes near this: a prompt of a million tokens is 5 MB.
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
+#: So that a plan that brings every sequence of a step anew, each with a grammar, is an honest frame.
+MAX_GRAMMAR_BYTES: Final = 64 * 1024
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -66,6 +68,14 @@ class SamplingParams(Part, frozen=True):
     seed: Annotated[int, Meta(ge=0)] = 0
 
 
+class Guidance(Part, frozen=True):
+    """What the text that a sequence generates must match (`bros_shard.grammar_compiler`)."""
+
+    grammar: Annotated[str, Meta(max_length=MAX_GRAMMAR_BYTES)]
+    #: The sequence's last tokens, which were generated under this grammar before the rank saw it.
+    num_generated_tokens: Count
+
+
 class NewSequence(Part, frozen=True):
     """A sequence the ranks have not seen: every token known so far, and how to choose the next."""
 
@@ -75,6 +85,7 @@ class NewSequence(Part, frozen=True):
     #: How many tokens the sequence may ever hold, `token_ids` included.
     max_total_tokens: Positive
     sampling: SamplingParams
+    guidance: Guidance | None = None
 
 
 class SequenceStep(Part, frozen=True):

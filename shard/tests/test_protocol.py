@@ -16,6 +16,7 @@ from bros_shard.protocol import (
     FrameError,
     FromRank,
     FromRouter,
+    Guidance,
     Heartbeat,
     Hello,
     HostCopy,
@@ -46,7 +47,11 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
             3,
             9,
             [SequenceStep(1, 64, 1, 1, [-3])],
-            [NewSequence(2, [5, 6], 40, SamplingParams(True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 2**64 - 1))],
+            [
+                NewSequence(
+                    2, [5, 6], 40, SamplingParams(True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 2**64 - 1), Guidance("{}", 1)
+                )
+            ],
             [7],
             [HostCopy(-2, 4, 16)],
             [TailMove(-5, -6, 3)],
@@ -58,7 +63,7 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
             3,
             9,
             [[1, 64, 1, 1, [-3]]],
-            [[2, [5, 6], 40, [True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 18446744073709551615]]],
+            [[2, [5, 6], 40, [True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 18446744073709551615], ["{}", 1]]],
             [7],
             [[-2, 4, 16]],
             [[-5, -6, 3]],
@@ -127,6 +132,8 @@ def test_messages_of_the_other_direction_are_refused():
             StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(temperature=value))])
             for value in (0.0, -1.0, math.nan, math.inf, 1e308)
         ),
+        StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(), Guidance("x" * 65537, 0))]),
+        StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(), Guidance("", -1))]),
         *(StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(top_p=value))]) for value in (0.0, 1.5, math.nan)),
         StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(frequency_penalty=math.nan))]),
     ],

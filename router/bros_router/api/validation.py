@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from bros_router.api.errors import ValidationError
+from bros_router.api.grammar import Grammar
+from bros_router.api.guidance import vetted_grammar
 from bros_router.api.service_level import ServiceLevel
 from bros_router.api.types import GenerateParameters, SimpleToken
 from bros_router.config import ApiConfig
+from bros_router.grammars.protocol import GrammarSource
+from bros_router.grammars.vetter import GrammarVetter
 from bros_router.request import ValidRequest
 from bros_router.service import ServedModel
 from bros_router.tokenizer import Tokenizer, TokenizerError, byte_offsets
@@ -39,14 +43,17 @@ class InferenceRequest:
     adds_special_tokens: bool = True
     #: As in `ValidRequest`.
     cuts_stop_sequences: bool = False
+    #: What the reply must match, where `parameters` cannot say it; `None`: as they say.
+    grammar: GrammarSource | Grammar | None = None
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
 
 class Validator:
-    """Checks requests, and tokenises their prompts in a pool of threads."""
+    """Checks requests: tokenises their prompts in a pool of threads, and has their grammars vetted."""
 
-    def __init__(self, config: ApiConfig) -> None:
+    def __init__(self, config: ApiConfig, grammars: GrammarVetter) -> None:
         self._config = config
+        self._grammars = grammars
         self._threads = ThreadPoolExecutor(config.validation_workers, thread_name_prefix="validation")
 
     def close(self) -> None:
@@ -72,12 +79,14 @@ class Validator:
 
         Raises:
             ValidationError: with the message of the first rule that is broken.
+            OverloadedError: too many grammars wait to be vetted.
         """
         parameters = request.parameters
         sampling = self._sampling_params(parameters)
         _check_inputs(request.inputs, parameters.truncate, model.max_input_tokens)
         _check_supported(parameters)
         prompt_token_ids = await self._in_thread(_prompt_token_ids, request, model)
+        grammar = await self._vetted_grammar(request, model)
         num_free_tokens = model.max_total_tokens - len(prompt_token_ids)
         return ValidRequest(
             request_id=request.request_id,
@@ -87,6 +96,7 @@ class Validator:
             stop_sequences=tuple(parameters.stop),
             cuts_stop_sequences=request.cuts_stop_sequences,
             ignore_eos=parameters.ignore_eos,
+            grammar=grammar,
             request_class=level.request_class,
             ttft_s=level.ttft_s,
             tpot_s=level.tpot_s,
@@ -96,6 +106,14 @@ class Validator:
     async def tokenize(self, text: str, tokenizer: Tokenizer, *, adds_special_tokens: bool = True) -> list[SimpleToken]:
         """Every token of `text`, those that the tokenizer adds included. Raises `ValidationError`."""
         return await self._in_thread(_simple_tokens, text, tokenizer, adds_special_tokens)
+
+    async def _vetted_grammar(self, request: InferenceRequest, model: ServedModel) -> str | None:
+        grammar = request.grammar or request.parameters.grammar
+        if grammar is None:
+            return None
+        if request.parameters.ignore_eos:
+            raise ValidationError("`ignore_eos` cannot be set with a grammar, which says where the reply ends")
+        return await vetted_grammar(grammar, self._grammars, model.guided)
 
     async def _in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
@@ -182,7 +200,6 @@ def _check_supported(parameters: GenerateParameters) -> None:
         "`watermark`": parameters.watermark,
         "`decoder_input_details`": parameters.decoder_input_details,
         "`top_n_tokens` > 0": bool(parameters.top_n_tokens),
-        "`grammar`": parameters.grammar is not None,
         "`adapter_id`": parameters.adapter_id is not None,
     }
     for name, is_asked_for in unsupported.items():

@@ -19,7 +19,7 @@ from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.policy import Policy
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
-from bros_shard.protocol import NewSequence, SequenceResult, SequenceStep, StepPlan, StepResult, StepShape
+from bros_shard.protocol import Guidance, NewSequence, SequenceResult, SequenceStep, StepPlan, StepResult, StepShape
 
 #: Interruptions at a time, each in the middle of the one before: a short prompt cannot wait for a long one. Few, since
 #: the ranks keep the activations of all of them.
@@ -389,8 +389,13 @@ class Scheduler:
         sequence.is_on_ranks = True
         if sequence.first_scheduled_s is None:
             sequence.first_scheduled_s = now_s
+        grammar = sequence.grammar
         return NewSequence(
-            sequence.sequence_id, sequence.known_token_ids(), sequence.max_total_tokens, sequence.sampling
+            sequence.sequence_id,
+            sequence.known_token_ids(),
+            sequence.max_total_tokens,
+            sequence.sampling,
+            None if grammar is None else Guidance(grammar, len(sequence.output_token_ids)),
         )
 
     def _commit_token(self, sequence: Sequence, result: SequenceResult | None, now_s: float) -> Outcome:
