@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -52,11 +52,35 @@ class AssistantMessage(Struct, frozen=True):
     content: str
 
 
+class CalledFunction(Struct, frozen=True):
+    """A function that the model calls. `arguments` is a text of JSON."""
+
+    description: None
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, frozen=True):
+    """One call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ToolCallMessage(Struct, frozen=True):
+    """What the model says where it calls tools."""
+
+    role: str
+    content: UnsetType | None
+    tool_calls: list[ToolCall]
+
+
 class ChatChoice(Struct, frozen=True):
     """The one reply to a chat."""
 
     index: int
-    message: AssistantMessage
+    message: AssistantMessage | ToolCallMessage
     logprobs: Logprobs | None
     finish_reason: str
 
@@ -79,11 +103,34 @@ class Delta(Struct, frozen=True):
     content: str
 
 
+class FunctionDelta(Struct, frozen=True):
+    """What a call grows by."""
+
+    name: str | UnsetType | None
+    arguments: str
+
+
+class ToolCallDelta(Struct, frozen=True):
+    """What one of the calls grows by."""
+
+    index: int
+    id: str | UnsetType
+    type: Literal["function"] | UnsetType
+    function: FunctionDelta
+
+
+class ToolDelta(Struct, frozen=True):
+    """What a message that calls tools grows by."""
+
+    role: str | UnsetType
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
+
+
 class ChatChunkChoice(Struct, frozen=True):
     """One token of the reply to a chat."""
 
     index: int
-    delta: Delta
+    delta: Delta | ToolDelta
     logprobs: Logprobs | None
     finish_reason: str | None
 
