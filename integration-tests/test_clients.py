@@ -1,6 +1,7 @@
 """Unmodified clients against the live server: Hugging Face's hub client, and TGI's own."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -30,6 +31,37 @@ def test_hub_client_details(client):
     assert output.details.seed == 1
     # On `POST /`, where this client sends to, the prompt comes back with the reply unless asked otherwise.
     assert output.generated_text == PROMPT + "".join(t.text for t in output.details.tokens if not t.special)
+
+
+def test_hub_client_grammar(client):
+    grammar = {"type": "regex", "value": "[0-9]{2}-[a-f]{3}"}
+    text = client.text_generation(PROMPT, max_new_tokens=16, grammar=grammar, return_full_text=False)
+    assert re.fullmatch(grammar["value"], text)
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+        "required": ["n"],
+    }
+    grammar = {"type": "json", "value": schema}
+    assert list(json.loads(client.text_generation(PROMPT, grammar=grammar, return_full_text=False))) == ["n"]
+
+
+def test_hub_client_tools(client):
+    """In TGI's own form of a format, and with a tool by name."""
+    messages = [{"role": "user", "content": "What is the weather?"}]
+    schema = {"type": "object", "properties": {"place": {"enum": ["Rio", "Bonn"]}}, "required": ["place"]}
+    reply = client.chat_completion(messages, response_format={"type": "json", "value": schema}, temperature=0.0)
+    assert json.loads(reply.choices[0].message.content)["place"] in ("Rio", "Bonn")
+    tools = [{"type": "function", "function": {"name": "weather", "description": "", "parameters": schema}}]
+    choice = {"function": {"name": "weather"}}
+    reply = client.chat_completion(messages, tools=tools, tool_choice=choice, temperature=0.0)
+    (call,) = reply.choices[0].message.tool_calls
+    assert json.loads(call.function.arguments)["place"] in ("Rio", "Bonn")
+    stream = client.chat_completion(messages, tools=tools, tool_choice=choice, temperature=0.0, stream=True)
+    deltas = [delta for chunk in stream for delta in chunk.choices[0].delta.tool_calls or ()]
+    assert deltas[0].function.name == "weather"
+    joined = "".join(delta.function.arguments for delta in deltas)
+    assert json.loads(joined) == json.loads(call.function.arguments)
 
 
 def test_hub_client_stream_joins_to_the_plain_text(client):

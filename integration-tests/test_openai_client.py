@@ -1,12 +1,46 @@
 """OpenAI's own client, unmodified, against the live server: what its users rely on."""
 
 import asyncio
+import json
 
+import jsonschema
 import openai
 import pytest
 
 MESSAGES = [{"role": "user", "content": "What does str.strip do?"}]
 GREEDY = {"model": "bros-demo", "max_tokens": 16, "temperature": 0}
+
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "strict": True,
+            "parameters": {
+                "type": "object",
+                "properties": {
+                    "place": {"enum": ["Rio", "Bonn"]},
+                    "days": {"type": "integer", "minimum": 0, "maximum": 9},
+                },
+                "required": ["place", "days"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {
+        "type": "function",
+        "function": {
+            "name": "clock",
+            "strict": True,
+            "parameters": {"type": "object", "properties": {}, "required": [], "additionalProperties": False},
+        },
+    },
+]
+
+
+def by_name(name: str) -> dict:
+    """The schema of a tool's arguments."""
+    return next(tool["function"]["parameters"] for tool in TOOLS if tool["function"]["name"] == name)
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +121,47 @@ def test_a_stop_sequence_is_cut(client):
     assert (cut.message.content, cut.finish_reason) == (whole[: whole.index(stop)], "stop")
 
 
+def test_a_format_holds_the_reply(client):
+    schema = TOOLS[0]["function"]["parameters"]
+    named = {"type": "json_schema", "json_schema": {"name": "weather", "schema": schema, "strict": True}}
+    reply = client.chat.completions.create(messages=MESSAGES, response_format=named, **GREEDY | {"max_tokens": 64})
+    jsonschema.validate(json.loads(reply.choices[0].message.content), schema)
+    with client.chat.completions.stream(messages=MESSAGES, response_format=named, **GREEDY | {"max_tokens": 64}) as s:
+        assert s.get_final_completion().choices[0].message.content == reply.choices[0].message.content
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
+def test_tools_are_called(client, choice):
+    wanted = GREEDY | {"max_tokens": 64}
+    reply = client.chat.completions.create(messages=MESSAGES, tools=TOOLS, tool_choice=choice, **wanted).choices[0]
+    (call,) = reply.message.tool_calls
+    assert (reply.finish_reason, reply.message.content) == ("tool_calls", None)
+    jsonschema.validate(json.loads(call.function.arguments), by_name(call.function.name))
+    with client.chat.completions.stream(messages=MESSAGES, tools=TOOLS, tool_choice=choice, **wanted) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    (same,) = streamed.message.tool_calls
+    assert same.function.name == call.function.name and same.id != call.id
+    assert json.loads(same.function.arguments) == json.loads(call.function.arguments)
+    assert streamed.finish_reason == "tool_calls"
+    said = [*MESSAGES, reply.message.to_dict(), {"role": "tool", "tool_call_id": call.id, "content": "Sunny"}]
+    assert client.chat.completions.create(messages=said, tools=TOOLS, tool_choice="none", **GREEDY).choices[0].message
+
+
+def test_a_model_may_call_several_tools_or_none(client):
+    wanted = GREEDY | {"max_tokens": 200, "temperature": 1.5}
+    seen = set()
+    for seed in range(8):
+        reply = client.chat.completions.create(
+            messages=MESSAGES, tools=TOOLS, parallel_tool_calls=True, seed=seed, **wanted
+        ).choices[0]
+        calls = reply.message.tool_calls or []
+        seen.add(len(calls))
+        assert bool(calls) != bool(reply.message.content)
+        for call in calls if reply.finish_reason != "length" else calls[:-1]:
+            jsonschema.validate(json.loads(call.function.arguments), by_name(call.function.name))
+    assert len(seen) > 1
+
+
 def test_completions_of_texts_and_tokens(client):
     reply = client.completions.create(prompt=["Return the", "Return a"], **GREEDY)
     assert [choice.index for choice in reply.choices] == [0, 1]
@@ -101,10 +176,9 @@ def test_errors_are_the_clients_own(client):
     with pytest.raises(openai.UnprocessableEntityError) as caught:
         client.chat.completions.create(messages=MESSAGES, model="tgi", top_p=1.5)
     assert caught.value.body == "Input validation error: `top_p` must be > 0.0 and < 1.0"
-    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
     with pytest.raises(openai.UnprocessableEntityError) as caught:
-        client.chat.completions.create(messages=MESSAGES, model="tgi", tools=tools)
-    assert caught.value.body == "Input validation error: `tools` is not supported by this server"
+        client.chat.completions.create(messages=MESSAGES, model="tgi", tools=TOOLS, tool_choice="sundial")
+    assert caught.value.body == "Tool error: Tool with name sundial not found"
     with pytest.raises(openai.APIError, match="`top_p` must be > 0"):
         list(client.chat.completions.create(messages=MESSAGES, model="tgi", top_p=1.5, stream=True))
 

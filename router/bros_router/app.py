@@ -19,6 +19,7 @@ from bros_router.api.docs import OPENAPI
 from bros_router.api.validation import Validator
 from bros_router.chat_templates.renderer import TemplateRenderer
 from bros_router.config import ApiConfig
+from bros_router.grammars.vetter import GrammarVetter
 from bros_router.metrics import Metrics
 from bros_router.request import RequestClass
 from bros_router.routes import add_routes, description, routes
@@ -48,8 +49,9 @@ def create_app(
 ) -> web.Application:
     """The application. `create_runner` runs it."""
     app = web.Application(middlewares=[_answer_preflight, trace_request, _answer_errors])
-    validator, templates = Validator(config), TemplateRenderer()
     dialect = TgiDialect() if config.strict_tgi else OpenAIDialect()
+    grammars, templates = GrammarVetter(), TemplateRenderer()
+    validator = Validator(config, grammars)
     app[API] = Api(
         config=config,
         dialect=dialect,
@@ -72,6 +74,7 @@ def create_app(
         yield
         validator.close()
         await templates.close()
+        await grammars.close()
 
     app.cleanup_ctx.append(close_helpers)
     return app

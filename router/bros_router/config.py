@@ -141,6 +141,7 @@ class ApiConfig:
     )
     watermark_gamma: float = flag(0.5, "Share of green tokens.", minimum=0.001, maximum=1.0)
     watermark_delta: float = flag(2.0, "Bias of green tokens.", minimum=-100.0, maximum=100.0)
+    disable_grammar_support: bool = flag(False, "Refuse grammars, formats of replies, and tools.")
     max_client_batch_size: int = flag(4, "Most prompts of a completions request, and most choices of each.", minimum=1)
     validation_workers: int = flag(2, "Threads that tokenise and validate.", minimum=1)
     payload_limit: int = flag(2_000_000, "Largest request body, in bytes.", minimum=1)

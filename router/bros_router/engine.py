@@ -205,6 +205,7 @@ class StepEngine:
             eos_token_ids=frozenset() if request.ignore_eos else self._model.eos_token_ids,
             arrival_s=now_s,
             targets=terms.targets,
+            grammar=request.grammar,
             is_late=terms.is_degraded,
             block_hashes=block_hashes,
             num_cached_tokens=num_cached_tokens,

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from bros_router.config import ServerConfig
 from bros_router.model_source import ModelFiles
 from bros_shard.options import ShardOptions
 
 
-def rank_options(config: ServerConfig, files: ModelFiles, endpoint: str) -> ShardOptions:
+def rank_options(
+    config: ServerConfig, files: ModelFiles, endpoint: str, guided_tokenizer: Path | None = None
+) -> ShardOptions:
     """The options of rank 0 in generation 0, without a rendezvous: each generation of ranks has its own.
 
     Args:
         endpoint: where the ranks connect.
+        guided_tokenizer: what grammars are compiled for; `None`: nothing is guided.
     """
     ranks, model = config.ranks, config.model
     return ShardOptions(
@@ -20,6 +25,8 @@ def rank_options(config: ServerConfig, files: ModelFiles, endpoint: str) -> Shar
         model_path=str(files.path),
         model_id=files.model_id,
         model_sha=files.sha or "",
+        tokenizer_path=str(guided_tokenizer or ""),
+        eos_token_ids=",".join(map(str, sorted(files.eos_token_ids))),
         world_size=ranks.num_shard,
         device=ranks.device,
         dtype=model.dtype,

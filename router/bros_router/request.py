@@ -57,6 +57,8 @@ class ValidRequest:
     ignore_eos: bool = False
     #: Tell the log-probabilities of the prompt's tokens, with so many of the likeliest ones; `None`: do not.
     num_prompt_top_tokens: int | None = None
+    #: What the generated text must match, as ranks take it (`bros_shard.grammar_compiler`); `None`: anything.
+    grammar: str | None = None
     request_class: RequestClass = RequestClass.RT
     #: Targets of a real-time request, as the client or else the operator set them; `None`: nobody did.
     ttft_s: float | None = None

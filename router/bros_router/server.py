@@ -8,6 +8,7 @@ import dataclasses
 import secrets
 import signal
 import time
+from pathlib import Path
 from socket import AF_INET6, socket
 from typing import Final
 
@@ -19,6 +20,7 @@ from bros_router.app import create_app, create_runner
 from bros_router.breaker import Breaker
 from bros_router.config import ServerConfig
 from bros_router.engine import EngineModel, StepEngine
+from bros_router.grammars.vetter import GuidedVocabulary
 from bros_router.kv.block_hasher import BlockHasher
 from bros_router.kv.kv_manager import KVManager, Preemption
 from bros_router.logs import log_rank_line
@@ -132,7 +134,8 @@ class Server:
             on_dropped_frame=self._metrics.frame_dropped,
         )
 
-        options = rank_options(self._config, files, endpoint)
+        guided_tokenizer = await asyncio.to_thread(_guided_tokenizer, self._config, files, runtime)
+        options = rank_options(self._config, files, endpoint, guided_tokenizer)
 
         def make_options(generation: int) -> list[ShardOptions]:
             rendezvous = runtime.rendezvous(generation)
@@ -146,7 +149,7 @@ class Server:
                 info = await ranks.start()
             except ShardError as error:
                 raise await ranks.startup_error(error) from None
-            model = served_model(self._config, files, info.hello)
+            model = served_model(self._config, files, info.hello, guided_tokenizer)
             engine = make_engine(self._config, shards, model, info, self._metrics)
             self._service.model, self._service.engine, self._engine = model, engine, engine
             self._progress.close()
@@ -259,7 +262,21 @@ def url_of(listener: socket) -> str:
     return f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
 
-def served_model(config: ServerConfig, files: ModelFiles, hello: Hello) -> ServedModel:
+def _guided_tokenizer(config: ServerConfig, files: ModelFiles, runtime: RuntimeDir) -> Path | None:
+    """Where the grammar helper and rank 0 find the tokenizer, which is written there.
+
+    `None` where the operator wants no grammars, or nothing could end a reply that follows one.
+    """
+    if config.api.disable_grammar_support or not files.eos_token_ids:
+        return None
+    path = runtime.path / "tokenizer.json"
+    files.tokenizer.save(path)
+    return path
+
+
+def served_model(
+    config: ServerConfig, files: ModelFiles, hello: Hello, guided_tokenizer: Path | None = None
+) -> ServedModel:
     """The model with its limits: those given, else as much as the model and the KV region allow, as TGI computes them.
 
     Raises:
@@ -289,4 +306,7 @@ def served_model(config: ServerConfig, files: ModelFiles, hello: Hello) -> Serve
         max_input_tokens=max_input_tokens,
         max_total_tokens=max_total_tokens,
         compute_type=config.http.compute_type or f"{hello.world_size}-{hello.device}",
+        guided=None
+        if guided_tokenizer is None
+        else GuidedVocabulary(guided_tokenizer, hello.vocab_size, files.eos_token_ids),
     )

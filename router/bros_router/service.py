@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from bros_router.chat_templates.source import ChatTemplate
+from bros_router.grammars.vetter import GuidedVocabulary
 from bros_router.request import Engine
 from bros_router.tokenizer import Tokenizer
 
@@ -40,6 +41,8 @@ class ServedModel:
     max_total_tokens: int
     #: TGI's `x-compute-type`: `{num_shard}-{device name}`.
     compute_type: str
+    #: What grammars are compiled for; `None`: nothing is guided.
+    guided: GuidedVocabulary | None = None
 
 
 class Service:

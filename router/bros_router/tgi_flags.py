@@ -99,7 +99,6 @@ ACCEPTED: Final = (
         "Folder of weights.",
         "Weights are read where the model is: give that folder as --model-id.",
     ),
-    _foreign("disable-grammar-support", bool, "Refuse grammars.", "Grammars are not served."),
     _foreign(
         "usage-stats",
         str,

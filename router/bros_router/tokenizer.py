@@ -37,6 +37,10 @@ class Tokenizer:
             token_id for token_id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special
         )
 
+    def save(self, path: Path) -> None:
+        """Write the tokenizer as a `tokenizer.json`."""
+        self._tokenizer.save(str(path), pretty=False)
+
     @property
     def vocab_size(self) -> int:
         """One more than the largest token id."""

@@ -17,6 +17,7 @@ from bros_router.api.call import Timeouts
 from bros_router.app import create_app, create_runner
 from bros_router.chat_templates.source import ChatTemplate
 from bros_router.config import ApiConfig
+from bros_router.grammars.vetter import GuidedVocabulary
 from bros_router.metrics import Metrics
 from bros_router.request import Finish, FinishReason, RequestClass, Terms, Token, TokenEvent, ValidRequest
 from bros_router.scheduling.latency_model import LatencyModel
@@ -47,6 +48,14 @@ def byte_level_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     tokenizer.train_from_iterator(["hello world, how are you? 你好 🙂"] * 2, trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS_ID)])
     return _saved(tokenizer, tmp_path_factory.mktemp("byte_level"))
+
+
+@pytest.fixture(scope="session")
+def guided_vocabulary(byte_level_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> GuidedVocabulary:
+    """What grammars are compiled for, where the tokenizer is the byte-level one."""
+    path = tmp_path_factory.mktemp("guided") / "tokenizer.json"
+    byte_level_tokenizer.save(path)
+    return GuidedVocabulary(path, 300, frozenset({EOS_ID}))
 
 
 @pytest.fixture(scope="session")
@@ -223,6 +232,7 @@ async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
         tokenizer: Tokenizer = byte_level_tokenizer,
         chat_template: ChatTemplate | None = CHAT_TEMPLATE,
         pipeline_tag: str | None = None,
+        guided: GuidedVocabulary | None = None,
         max_input_tokens: int = 60,
         max_total_tokens: int = 64,
         timeouts: Timeouts | None = None,
@@ -240,6 +250,7 @@ async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
             max_input_tokens=max_input_tokens,
             max_total_tokens=max_total_tokens,
             compute_type="1-cpu",
+            guided=guided,
         )
         app = create_app(config or ApiConfig(), service, metrics, timeouts)
         client = TestClient(SocketServer(app))

@@ -181,24 +181,22 @@ async def test_a_client_that_leaves_does_not_confuse_the_next(renderer):
 
 async def test_a_helper_that_was_killed_is_replaced(renderer):
     assert await rendered(renderer, "{{ 1 }}") == "1"
-    process = renderer._process
+    process = renderer.helper._process
     os.kill(process.pid, signal.SIGKILL)
     await process.wait()
     assert await rendered(renderer, "{{ 2 }}") == "2"
-    assert renderer._process.pid != process.pid
+    assert renderer.helper.pid != process.pid
 
 
 async def test_the_helper_ends_with_the_server(renderer):
     assert await rendered(renderer, "{{ 1 }}") == "1"
-    process = renderer._process
-    await renderer.close()
-    assert process.returncode == -signal.SIGKILL
+    assert await renderer.helper.close() == -signal.SIGKILL
 
 
 async def test_a_template_reads_no_file_even_outside_the_sandbox(renderer):
     """The limits hold for the process, whatever its template manages to call."""
     await rendered(renderer, "{{ 1 }}")
-    with open(f"/proc/{renderer._process.pid}/limits") as limits:
+    with open(f"/proc/{renderer.helper.pid}/limits") as limits:
         rows = {line[:26].strip(): line[26:].split()[0] for line in limits}
     assert rows["Max open files"] == "3"
     assert rows["Max file size"] == "0"

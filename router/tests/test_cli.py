@@ -293,7 +293,6 @@ def test_private_folder_of_the_user_where_there_is_one(tmp_path):
         ["--master-addr", "localhost"],
         ["--master-port", "29500"],
         ["--weights-cache-override", "/weights"],
-        ["--disable-grammar-support"],
         ["--usage-stats", "off"],
         ["--ngrok-authtoken", "x"],
         ["--ngrok-edge", "x"],

@@ -14,7 +14,10 @@ PACKAGES = {
     "bros_kernels": REPOSITORY / "kernels" / "bros_kernels",
 }
 #: The modules of the shard that load no torch: all that the router may know of it.
-TORCH_FREE = {f"bros_shard.{module}" for module in ("protocol", "block_layout", "options", "exit_codes", "lifeline")}
+TORCH_FREE = {
+    f"bros_shard.{module}"
+    for module in ("protocol", "block_layout", "options", "exit_codes", "lifeline", "grammar_compiler")
+}
 
 
 def imports_of(package: str) -> set[str]:
@@ -47,9 +50,9 @@ def test_module_loads_no_torch(module):
     assert not {"torch", "transformers"} & loaded_by(f"import {module}")
 
 
-def test_the_router_renders_no_template_itself():
-    """Hostile templates belong into the helper process."""
-    assert "jinja2" not in loaded_by("import bros_router.server")
+def test_the_router_renders_no_template_and_compiles_no_grammar_itself():
+    """Hostile ones belong into the helper processes."""
+    assert not {"jinja2", "jsonschema", "llguidance"} & loaded_by("import bros_router.server")
 
 
 def test_scheduling_core_is_pure():

@@ -46,7 +46,7 @@ RULES: list[tuple[dict[str, Any], str]] = [
         {"max_new_tokens": 4294967295},
         "`inputs` tokens + `max_new_tokens` must be <= 64. Given: 3 `inputs` tokens and 1024 `max_new_tokens`",
     ),
-    ({"grammar": {"type": "regex", "value": "[a-z]+"}}, "`grammar` is not supported by this server"),
+    ({"grammar": {"type": "regex", "value": "[a-z]+"}}, "grammar is not supported"),
     ({"adapter_id": "acme/lora"}, "`adapter_id` is not supported by this server"),
 ]
 

@@ -23,6 +23,8 @@ class ShardOptions:
     model_path: str = _option("folder with config.json and safetensors")
     model_id: str = _option("name of the model as clients know it")
     model_sha: str = _option("commit of the model on the hub, if known", "")
+    tokenizer_path: str = _option("tokenizer.json that grammars are compiled for; empty: nothing is guided", "")
+    eos_token_ids: str = _option("ids of the tokens that may end a guided reply, separated by commas", "")
     group: str = _option("name of the tensor-parallel group", "g0")
     rank: int = _option("this rank, from 0", 0)
     world_size: int = _option("ranks in the group", 1)

@@ -27,6 +27,8 @@ MAX_TOP_TOKENS: Final = 128
 MAX_PROMPT_TOP_TOKENS: Final = 20
 #: Most tokens that one request may bias.
 MAX_BIASED_TOKENS: Final = 1024
+#: So that a plan that brings every sequence of a step anew, each with a grammar, is an honest frame.
+MAX_GRAMMAR_BYTES: Final = 64 * 1024
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]
@@ -108,6 +110,8 @@ class NewSequence(Part, frozen=True):
     num_generated_tokens: Count = 0
     #: Tell the log-probabilities of the prompt's tokens, with so many of the likeliest ones; `None`: do not.
     num_prompt_top_tokens: Annotated[int, Meta(ge=0, le=MAX_PROMPT_TOP_TOKENS)] | None = None
+    #: What the generated text must match (`bros_shard.grammar_compiler`); `None`: anything.
+    grammar: Annotated[str, Meta(max_length=MAX_GRAMMAR_BYTES)] | None = None
 
 
 class SequenceStep(Part, frozen=True):

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from bros_kernels.kernels import select_kernels
 from bros_shard.batch import StepBatch, build_batch, build_sampling_batch
+from bros_shard.grammar_compiler import GrammarCompiler
+from bros_shard.guidance import GuidedSequences, TokenMasks
 from bros_shard.host_pool import staging_bytes
 from bros_shard.kv_cache import KVCache, block_bytes
 from bros_shard.memory import InsufficientMemoryError, available_bytes, host_pool_bytes
@@ -98,6 +100,7 @@ class Worker:
             lambda done, total: on_progress("loading", done, total),
         )
         self._sampler = Sampler(self._kernels)
+        self._guided = _guided_sequences(options, self.vocab_size)
         self.block_bytes = block_bytes(self._model.kv_shape, options.block_size, self._dtype)
         num_blocks = self._choose_num_blocks()
         self._install_region(num_blocks, self._choose_num_host_blocks(num_blocks))
@@ -212,11 +215,13 @@ class Worker:
             RuntimeError: the device or a peer failed.
         """
         sequences = self._sequences.apply(plan)
+        self._guided.apply(plan)
         self._copy(plan)
         if not sequences:
             return StepOutput()
         started_s = time.monotonic()
         batch = build_batch(plan.sequences, sequences, self._pool, self.cache.block_size, self._device)
+        masks = self._guided.begin_masks([sequence.sequence_id for sequence in batch.sampled])
         attention = self._kernels.attention(batch.attention)
         layers = _Layers(self.cache.layers, between_layers)
         hidden = self._model.forward(batch.input_ids, batch.positions, layers, attention)
@@ -224,7 +229,7 @@ class Worker:
         if batch.sampled:
             logits = self._model.logits(hidden.index_select(0, batch.sampled_tokens))
         forward_done_s = time.monotonic()
-        sampled = self._sample(batch, logits)
+        sampled = self._sample(batch, logits, masks)
         results = self._results(plan, batch, sampled) if self.options.rank == 0 else []
         sampling_done_s = time.monotonic()
         prompts = prompt_logprobs(batch.prompt_chunks, hidden, self._model, self._pool)
@@ -244,12 +249,14 @@ class Worker:
         self.cache.move_tails(plan.tail_moves)
         self.cache.host_pool.copy_in(plan.copies_in)
 
-    def _sample(self, batch: StepBatch, logits: Tensor | None) -> SampledTokens | None:
+    def _sample(self, batch: StepBatch, logits: Tensor | None, masks: TokenMasks | None) -> SampledTokens | None:
         """Choose on rank 0 (which has logits), and append the tokens to their sequences on every rank."""
         if not batch.sampled:
             return None
         sampled = None
         if logits is not None:
+            if masks is not None:
+                masks.apply(logits)
             sampled = self._sampler.sample(logits, build_sampling_batch(batch, self._pool))
             token_ids = sampled.token_ids
         else:
@@ -267,6 +274,7 @@ class Worker:
             for row, (sequence, token_id, logprob, is_valid) in enumerate(zip(batch.sampled, *columns, strict=True)):
                 top_tokens = sampled.top_tokens.get(row, [])
                 results[sequence.sequence_id] = _result(sequence.sequence_id, token_id, logprob, is_valid, top_tokens)
+                self._guided.advance(sequence.sequence_id, token_id)
         return list(results.values())
 
     def _install_region(self, num_blocks: int, num_host_blocks: int) -> None:
@@ -344,6 +352,14 @@ def _are_alike(known: list[tuple[StepShape, float]], played: list[tuple[StepShap
     known_s = dict(known)
     ratios = sorted(seconds / known_s[shape] for shape, seconds in played if known_s.get(shape))
     return bool(ratios) and 1 / _LARGEST_CHANGE <= ratios[len(ratios) // 2] <= _LARGEST_CHANGE
+
+
+def _guided_sequences(options: ShardOptions, vocab_size: int) -> GuidedSequences:
+    """Those of the rank that samples; others guide nothing."""
+    if options.rank > 0 or not options.tokenizer_path:
+        return GuidedSequences(None)
+    eos_token_ids = [int(token_id) for token_id in options.eos_token_ids.split(",")]
+    return GuidedSequences(lambda: GrammarCompiler(Path(options.tokenizer_path), vocab_size, eos_token_ids))
 
 
 def _result(

@@ -68,6 +68,7 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
                     ),
                     num_generated_tokens=1,
                     num_prompt_top_tokens=0,
+                    grammar="{}",
                 ),
             ],
             [7],
@@ -82,8 +83,8 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
             9,
             [[1, 64, 1, 1, [-3]]],
             [
-                [2, [5, 6], 40, [True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 18446744073709551615, None, 0.0, [], 0], 0, None],
-                [3, [5, 6], 40, [False, 1.0, 0, 1.0, 1.0, 1.0, 0.0, 0, [0.5, 2.0], 1.0, [[7, -100.0]], 5], 1, 0],
+                [2, [5, 6], 40, [True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 2**64 - 1, None, 0.0, [], 0], 0, None, None],
+                [3, [5, 6], 40, [False, 1.0, 0, 1.0, 1.0, 1.0, 0.0, 0, [0.5, 2.0], 1.0, [[7, -100.0]], 5], 1, 0, "{}"],
             ],
             [7],
             [[-2, 4, 16]],
@@ -166,6 +167,8 @@ def test_messages_of_the_other_direction_are_refused():
             StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(temperature=value))])
             for value in (0.0, -1.0, math.nan, math.inf, 1e308)
         ),
+        StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(), grammar="x" * 65537)]),
+        StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(), -1)]),
         *(StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(top_p=value))]) for value in (0.0, 1.5, math.nan)),
         StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(frequency_penalty=math.nan))]),
         StepPlan(0, 0, [], [NewSequence(0, [1], 1, SamplingParams(logit_bias=[(1, math.inf)]))]),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aiohttp import web
 
 from bros_router.api import errors
-from bros_router.api.call import API, Api, Call, inference_calls, preparation, whole_replies
+from bros_router.api.call import API, Api, Call, WholeReply, inference_call, inference_calls, preparation, whole_replies
 from bros_router.api.chat_message import cut_behind
 from bros_router.api.dialect import ASSISTANT
 from bros_router.api.exchange import json_response, read_body, read_for_inference, stream_response
@@ -16,6 +16,9 @@ from bros_router.api.headers import compute_headers, compute_time_header, terms_
 from bros_router.api.service_level import ServiceLevel, service_level
 from bros_router.api.sse import EventStream
 from bros_router.api.together import together
+from bros_router.api.tool_call_reader import ToolCallReader
+from bros_router.api.tool_reply import Calls
+from bros_router.api.tools import ToolsInPlay
 from bros_router.api.v1_bodies import AnyChatBody
 from bros_router.api.v1_replies import (
     LAST_EVENT,
@@ -34,6 +37,7 @@ from bros_router.api.v1_replies import (
 )
 from bros_router.api.validation import InferenceRequest
 from bros_router.chat_templates.renderer import TemplateError
+from bros_router.grammars.protocol import NO_TOOL
 from bros_router.request import OverloadedError, TokenEvent
 
 #: TGI's word for the model that is served, whichever it is.
@@ -53,12 +57,15 @@ async def chat_reply(request: web.Request, body: AnyChatBody) -> web.StreamRespo
     level = service_level(request.headers, body.request_class, api.config)
     # Told by the status, streams included: TGI renders before it answers.
     with preparation(api, level):
-        inference = await _inference(api, body)
+        body.check_supported()
+        tools = body.tools_in_play()
+        inference = await _inference(api, body, tools)
     named = None if body.model == _PLACEHOLDER_MODEL else body.model
     chat = _Chat(
         api,
         body,
         level,
+        tools,
         inference,
         ReplyHead(api.dialect.reply_id("chatcmpl", inference.request_id), named or api.model().model_id),
         compute_headers(api.model(), len(inference.inputs), level.request_class),
@@ -75,7 +82,8 @@ async def chat_text(request: web.Request, body: AnyChatBody) -> str:
     api = request.app[API]
     level = service_level(request.headers, body.request_class, api.config)
     with preparation(api, level):
-        inference = await _inference(api, body)
+        body.check_supported()
+        inference = await _inference(api, body, body.tools_in_play())
     replies = await whole_replies(api, inference, level)
     return replies[0].finish.generated_text
 
@@ -84,32 +92,37 @@ async def chat_tokenize(request: web.Request) -> web.StreamResponse:
     """`POST /chat_tokenize`: the prompt that the template makes of a chat, and its tokens. No permit is taken."""
     api = request.app[API]
     tokenizer = api.model().tokenizer
-    prompt = await _rendered(api, await read_body(request, api.dialect.chat_decoder))
+    body = await read_body(request, api.dialect.chat_decoder)
+    body.check_supported()
+    prompt = await _rendered(api, body, body.tools_in_play())
     tokens = await api.validator.tokenize(prompt, tokenizer, adds_special_tokens=False)
     return json_response(ChatTokenizeReply(tokens, prompt))
 
 
-async def _inference(api: Api, body: AnyChatBody) -> InferenceRequest:
-    """The chat as a prompt. Raises as `_rendered`."""
+async def _inference(api: Api, body: AnyChatBody, tools: ToolsInPlay | None) -> InferenceRequest:
+    """What the engine is to be asked. Raises `ApiError` where there is no prompt."""
     return InferenceRequest(
-        await _rendered(api, body),
+        await _rendered(api, body, tools),
         body.parameters(),
         adds_special_tokens=False,
         cuts_stop_sequences=api.dialect.cuts_stop_sequences,
         openai=body.openai,
+        grammar=body.grammar if tools is None else tools.source,
     )
 
 
-async def _rendered(api: Api, body: AnyChatBody) -> str:
-    """The prompt. Raises `ApiError` where the server cannot do what the body asks for, or the template refuses."""
-    body.check_supported()
+async def _rendered(api: Api, body: AnyChatBody, tools: ToolsInPlay | None) -> str:
+    """The prompt. Raises `ApiError` where the template refuses."""
     template = api.model().chat_template
     if template is None:
         raise errors.TemplateApiError("template not found")
     continues = body.continues_last_message
+    messages = [api.dialect.template_message(message, template) for message in body.messages]
+    if tools is not None and body.messages and body.messages[-1].content is not None:
+        messages[-1]["content"] += tools.appendix(template_knows_tools=template.knows_tools)
     variables = body.template_variables | {
-        "messages": [{"role": message.role, "content": message.text} for message in body.messages],
-        "tools": None,
+        "messages": messages,
+        "tools": None if tools is None else api.dialect.template_tools(tools),
         "documents": None,
         "add_generation_prompt": body.add_generation_prompt and not continues,
     }
@@ -123,12 +136,22 @@ async def _rendered(api: Api, body: AnyChatBody) -> str:
 
 
 @dataclass(frozen=True, slots=True)
+class _Told:
+    """What a choice of a whole reply tells: its message, and of which reply the counts and log-probabilities are."""
+
+    message: AssistantMessage
+    reply: WholeReply
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Chat:
     """A chat whose prompt was rendered."""
 
     api: Api
     body: AnyChatBody
     level: ServiceLevel
+    tools: ToolsInPlay | None
     inference: InferenceRequest
     head: ReplyHead
     headers: dict[str, str]
@@ -136,15 +159,17 @@ class _Chat:
     async def answer(self) -> web.Response:
         """The whole reply as one object."""
         replies = await whole_replies(self.api, self.inference, self.level)
+        told = await together(self._told(reply) for reply in replies)
         choices = [
             ChatChoice(
                 index=index,
-                message=AssistantMessage(ASSISTANT, reply.finish.generated_text),
-                logprobs=logprobs(reply.tokens) if self.body.logprobs else None,
-                finish_reason=self.api.dialect.finish_reason(reply.finish.reason),
+                message=one.message,
+                logprobs=logprobs(one.reply.tokens) if self.body.logprobs else None,
+                finish_reason=one.finish_reason,
             )
-            for index, reply in enumerate(replies)
+            for index, one in enumerate(told)
         ]
+        replies = [one.reply for one in told]
         first, head = replies[0], self.head
         completion = ChatCompletion(
             id=head.id,
@@ -163,17 +188,70 @@ class _Chat:
         """One event a token, of whichever choice it is, and one that tells the usage where it was asked for."""
         async with inference_calls(self.api, self.inference, self.level, is_stream=True) as calls:
             await stream.open(self.headers | terms_headers(calls[0]))
-            num_tokens = sum(await together(self._send_choice(stream, *item) for item in enumerate(calls)))
-            if self.body.includes_usage:
-                await stream.send_json(self._chunk([], usage(len(calls[0].request.prompt_token_ids), num_tokens)))
+            send = self._send_text if self.tools is None else self._send_calls
+            sent = await together(send(stream, *item) for item in enumerate(calls))
+        used = [one for one in sent if one is not None]
+        if len(used) < len(sent):
+            chat = await self._without_tools()
+            used += await together(chat._send_alone(stream, i) for i, one in enumerate(sent) if one is None)
+        if self.body.includes_usage:
+            num_tokens = sum(one.completion_tokens for one in used)
+            await stream.send_json(self._chunk([], usage(used[0].prompt_tokens, num_tokens)))
 
-    async def _send_choice(self, stream: EventStream, index: int, call: Call) -> int:
-        """Returns how many tokens it has."""
+    async def _send_calls(self, stream: EventStream, index: int, call: Call) -> Usage | None:
+        """Tell what is called; `None`: the model calls nothing."""
+        reader, tool_reply = ToolCallReader(), self.api.dialect.tool_reply(self.body.messages)
+        has_declined = False
+        num_tokens = 0
+        async for event in call.events():
+            num_tokens += 1
+            pieces = reader.feed(event.shown)
+            has_declined = has_declined or any(piece.name == NO_TOOL for piece in pieces)
+            reason = None if event.finish is None else event.finish.reason
+            delta = None if has_declined else tool_reply.delta(pieces, reason)
+            if delta is not None:
+                choice = ChatChunkChoice(
+                    index=index,
+                    delta=delta,
+                    logprobs=logprobs([event.token]) if self.body.logprobs else None,
+                    finish_reason=None if reason is None else tool_reply.finish_reason(reason),
+                )
+                await stream.send_json(self._chunk([choice]))
+        return None if has_declined else usage(len(call.request.prompt_token_ids), num_tokens)
+
+    async def _send_text(self, stream: EventStream, index: int, call: Call) -> Usage:
+        """Tell what is said."""
         num_tokens = 0
         async for event in call.events():
             await stream.send_json(self._chunk([self._choice(index, event, is_first=num_tokens == 0)]))
             num_tokens += 1
-        return num_tokens
+        return usage(len(call.request.prompt_token_ids), num_tokens)
+
+    async def _send_alone(self, stream: EventStream, index: int) -> Usage:
+        """Tell one choice more, from a call of its own."""
+        async with inference_call(self.api, self.inference, self.level, is_stream=True) as call:
+            return await self._send_text(stream, index, call)
+
+    async def _without_tools(self) -> _Chat:
+        """The same chat for one choice, as if it had no tools."""
+        inference = await _inference(self.api, self.body, None)
+        openai = replace(inference.openai, num_choices=1)
+        return replace(self, tools=None, inference=replace(inference, openai=openai))
+
+    async def _told(self, reply: WholeReply) -> _Told:
+        """What a choice tells."""
+        dialect = self.api.dialect
+        if self.tools is None:
+            return _Told(_text_message(reply), reply, dialect.finish_reason(reply.finish.reason))
+        text = reply.finish.generated_text
+        calls = Calls.read(text)
+        if not calls.has_declined:
+            tool_reply = dialect.tool_reply(self.body.messages)
+            return _Told(tool_reply.message(calls, text), reply, tool_reply.finish_reason(reply.finish.reason))
+        chat = await self._without_tools()
+        (second,) = await whole_replies(self.api, chat.inference, self.level)
+        told = reply if dialect.tells_of_declined_tools else second
+        return _Told(_text_message(second), told, dialect.finish_reason(told.finish.reason))
 
     def _choice(self, index: int, event: TokenEvent, *, is_first: bool) -> ChatChunkChoice:
         dialect = self.api.dialect
@@ -194,3 +272,7 @@ class _Chat:
             choices=choices,
             usage=usage,
         )
+
+
+def _text_message(reply: WholeReply) -> AssistantMessage:
+    return AssistantMessage(ASSISTANT, reply.finish.generated_text)

@@ -54,6 +54,11 @@ class CalledFunction(Struct, frozen=True):
         if self.arguments is UNSET and self.parameters is UNSET:
             raise ValueError("Object missing required field `arguments`")
 
+    @property
+    def given_arguments(self) -> Any:
+        """JSON, or a text of JSON."""
+        return self.parameters if self.arguments is UNSET else self.arguments
+
 
 class ToolCall(Struct, frozen=True):
     """A tool call of an earlier reply."""
@@ -83,6 +88,9 @@ class Message(Struct, frozen=True):
     role: str
     content: str | list[Chunk] | None = None
     tool_calls: list[ToolCall] | None = None
+    #: Which call the message answers.
+    tool_call_id: str | None = None
+    name: str | None = None
 
     def __post_init__(self) -> None:
         """Raises `ValueError` where there is neither; the decoder turns it into its own error."""
@@ -98,6 +106,22 @@ class Message(Struct, frozen=True):
             return "".join(chunk.as_text for chunk in self.content)
         return msgspec.json.encode([_template_call(call) for call in self.tool_calls or ()]).decode()
 
+    def as_openai(self) -> dict[str, Any]:
+        """As templates that know tool calls see it: as it was sent, with the arguments of calls as JSON."""
+        content = "" if self.content is None else self.text
+        message: dict[str, Any] = {"role": self.role, "content": content}
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": call.type,
+                    "function": {"name": call.function.name, "arguments": _parsed(call.function.given_arguments)},
+                }
+                for call in self.tool_calls
+            ]
+        told = {"tool_call_id": self.tool_call_id, "name": self.name}
+        return message | {key: value for key, value in told.items() if value is not None}
+
     @property
     def is_assistants(self) -> bool:
         """Whether the model said it, or is to go on with it."""
@@ -106,10 +130,21 @@ class Message(Struct, frozen=True):
 
 def _template_call(call: ToolCall) -> _TemplateToolCall:
     function = call.function
-    given = function.parameters if function.arguments is UNSET else function.arguments
+    given = function.given_arguments
     # OpenAI's clients send the text already.
     arguments = given if isinstance(given, str) else msgspec.json.encode(given).decode()
     return _TemplateToolCall(call.id, call.type, _TemplateFunction(function.description, function.name, arguments))
+
+
+def _parsed(arguments: Any) -> Any:
+    """What the text of a call's arguments says, where it is an object."""
+    if isinstance(arguments, str):
+        try:
+            value = msgspec.json.decode(arguments)
+        except (msgspec.DecodeError, RecursionError):
+            return arguments
+        return value if isinstance(value, dict) else arguments
+    return arguments
 
 
 def cut_behind(prompt: str, last_message: Message) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Final, Protocol, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Final, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from bros_router.api.chat_message import Message
+from bros_router.api.tool_reply import OpenAIToolReply, TgiToolReply, ToolReply
+from bros_router.api.tools import ToolsInPlay
 from bros_router.api.v1_bodies import (
     AnyChatBody,
     AnyCompletionBody,
@@ -16,6 +19,7 @@ from bros_router.api.v1_bodies import (
     TgiChatBody,
     TgiCompletionBody,
 )
+from bros_router.chat_templates.source import ChatTemplate
 from bros_router.request import FinishReason, TokenEvent
 
 T = TypeVar("T")
@@ -61,6 +65,23 @@ class Dialect(Protocol):
         """Who speaks, in one event of a streamed chat."""
         ...
 
+    @property
+    def tells_of_declined_tools(self) -> bool:
+        """Whether a whole reply's usage and end are those of the attempt to call a tool that came before it."""
+        ...
+
+    def template_message(self, message: Message, template: ChatTemplate) -> dict[str, Any]:
+        """What a template sees of a message."""
+        ...
+
+    def template_tools(self, tools: ToolsInPlay) -> list[dict[str, Any]]:
+        """What a template sees of the tools."""
+        ...
+
+    def tool_reply(self, messages: Sequence[Message]) -> ToolReply:
+        """How a reply to `messages` tells the tools that it calls."""
+        ...
+
     def in_order(self, finished: Iterable[tuple[int, T]]) -> list[tuple[int, T]]:
         """Replies to several prompts with their indices, which come as they finished, in the order of the choices."""
         ...
@@ -72,6 +93,7 @@ class OpenAIDialect:
     chat_decoder: msgspec.json.Decoder[AnyChatBody] = msgspec.json.Decoder(ChatBody)
     completion_decoder: msgspec.json.Decoder[AnyCompletionBody] = msgspec.json.Decoder(CompletionBody)
     cuts_stop_sequences = True
+    tells_of_declined_tools = False
 
     def reply_id(self, kind: str, request_id: str) -> str:
         """One that the log knows too."""
@@ -93,6 +115,20 @@ class OpenAIDialect:
         """Once: clients join what comes more often."""
         return ASSISTANT if is_first else UNSET
 
+    def template_message(self, message: Message, template: ChatTemplate) -> dict[str, Any]:
+        """With its tool calls, where the template knows what they are."""
+        if template.knows_tool_calls:
+            return message.as_openai()
+        return {"role": message.role, "content": message.text}
+
+    def template_tools(self, tools: ToolsInPlay) -> list[dict[str, Any]]:
+        """As models were trained on them."""
+        return tools.as_openai()
+
+    def tool_reply(self, messages: Sequence[Message]) -> ToolReply:
+        """With unique ids, and an end."""
+        return OpenAIToolReply()
+
     def in_order(self, finished: Iterable[tuple[int, T]]) -> list[tuple[int, T]]:
         """As the prompts were given."""
         return sorted(finished, key=lambda reply: reply[0])
@@ -104,6 +140,7 @@ class TgiDialect:
     chat_decoder: msgspec.json.Decoder[AnyChatBody] = msgspec.json.Decoder(TgiChatBody)
     completion_decoder: msgspec.json.Decoder[AnyCompletionBody] = msgspec.json.Decoder(TgiCompletionBody)
     cuts_stop_sequences = False
+    tells_of_declined_tools = True
 
     def reply_id(self, kind: str, request_id: str) -> str:
         """Always empty."""
@@ -124,6 +161,18 @@ class TgiDialect:
     def delta_role(self, *, is_first: bool) -> str | UnsetType:
         """In every event."""
         return ASSISTANT
+
+    def template_message(self, message: Message, template: ChatTemplate) -> dict[str, Any]:
+        """Messages are flat texts."""
+        return {"role": message.role, "content": message.text}
+
+    def template_tools(self, tools: ToolsInPlay) -> list[dict[str, Any]]:
+        """With schemas as texts."""
+        return tools.as_tgi()
+
+    def tool_reply(self, messages: Sequence[Message]) -> ToolReply:
+        """One call."""
+        return TgiToolReply(messages)
 
     def in_order(self, finished: Iterable[tuple[int, T]]) -> list[tuple[int, T]]:
         """As they finished."""

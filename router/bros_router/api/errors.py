@@ -52,6 +52,15 @@ class TemplateApiError(ApiError):
         super().__init__(f"Template error: {reason}")
 
 
+class ToolApiError(ApiError):
+    """The tools of a chat cannot be used, or the model's reply calls none of them."""
+
+    status, error_type, failure = 422, "tool_error", "validation"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"Tool error: {reason}")
+
+
 class SuffixError(ApiError):
     """Completions do not fill in between."""
 

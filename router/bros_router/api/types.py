@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Final, TypeAlias
+from typing import Annotated, Final, TypeAlias
 
 from msgspec import UNSET, Meta, Struct, UnsetType, field
 
+from bros_router.api.grammar import Grammar
 from bros_router.request import RequestClass
 
 U32: TypeAlias = Annotated[int, Meta(ge=0, le=2**32 - 1)]
@@ -42,7 +43,7 @@ class GenerateParameters(Struct, frozen=True, kw_only=True):
     decoder_input_details: bool = False
     seed: Annotated[int, Meta(ge=0)] | None = None
     top_n_tokens: U32 | None = None
-    grammar: dict[str, Any] | None = None
+    grammar: Grammar | None = None
     adapter_id: str | None = None
     #: Ours: which class the request belongs to.
     priority: RequestClass | None = None

@@ -7,7 +7,6 @@ own routes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from typing import Annotated, Any, Final, TypeAlias
@@ -15,13 +14,17 @@ from typing import Annotated, Any, Final, TypeAlias
 from msgspec import Meta, Struct
 
 from bros_router.api.chat_message import Message
-from bros_router.api.errors import ValidationError
+from bros_router.api.errors import ToolApiError, ValidationError
+from bros_router.api.grammar import Grammar, ResponseFormat
+from bros_router.api.guidance import grammar_of_format
+from bros_router.api.tools import Tool, ToolChoice, ToolsInPlay, tools_in_play
 from bros_router.api.types import U32, GenerateParameters, check_seed
 from bros_router.api.validation import OpenAIParameters
+from bros_router.grammars.protocol import GrammarSource
 from bros_router.request import RequestClass
 
-#: What TGI knows besides plain text.
-_GRAMMAR_TYPES: Final = ("json", "json_object", "json_schema", "regex")
+#: TGI's words.
+_EXCLUSIVE: Final = "Grammar and tools are mutually exclusive"
 
 _Tokens: TypeAlias = list[U32]
 
@@ -126,19 +129,12 @@ class _OpenAIBody(_Body, frozen=True, kw_only=True):
         is_idle = top_p is not None and self._is_greedy and 0.0 < top_p < 1.0
         return None if top_p == 1.0 or is_idle else top_p
 
-    def _check_supported(self, unsupported: Mapping[str, bool]) -> None:
+    def check_supported(self) -> None:
+        """Refuse what this server cannot do. Raises `ValidationError`."""
         if "" in self._stop_sequences:
             raise ValidationError("`stop` must not hold an empty sequence")
-        # TGI's shape of it, which TGI ignores.
-        _refuse({"`logit_bias` as a list": isinstance(self.logit_bias, list) and bool(self.logit_bias)})
-        _refuse(unsupported)
-
-
-def _refuse(unsupported: Mapping[str, bool]) -> None:
-    """As for the parameters of TGI's own routes: an answer that ignored them would be wrong."""
-    for name, is_asked_for in unsupported.items():
-        if is_asked_for:
-            raise ValidationError(f"{name} is not supported by this server")
+        if isinstance(self.logit_bias, list) and self.logit_bias:  # TGI's shape of it, which TGI ignores
+            raise ValidationError("`logit_bias` as a list is not supported by this server")
 
 
 # --- chat
@@ -150,9 +146,12 @@ class ChatBody(_OpenAIBody, frozen=True, kw_only=True):
     messages: list[Message]
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice = None
+    tool_prompt: str | None = None
+    #: Whether a reply may call several tools; TGI's never do.
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
     #: Wins over `max_tokens`, its old name.
     max_completion_tokens: U32 | None = None
     #: The next three are other servers': variables for the template, and how the prompt ends.
@@ -173,10 +172,19 @@ class ChatBody(_OpenAIBody, frozen=True, kw_only=True):
             return _is_last_assistants(self.messages)
         return self.continue_final_message and bool(self.messages)
 
-    def check_supported(self) -> None:
-        """Refuse what this server cannot do. Raises `ValidationError`."""
-        is_formatted = self.response_format is not None and self.response_format.get("type") != "text"
-        self._check_supported({"`tools`": _has_tools(self), "`response_format`": is_formatted})
+    def tools_in_play(self) -> ToolsInPlay | None:
+        """The tools that the reply may call. Raises `ToolApiError`."""
+        tools = tools_in_play(
+            self.tools, self.tool_choice, self.tool_prompt, is_parallel=bool(self.parallel_tool_calls)
+        )
+        if tools is not None and self.grammar is not None:
+            raise ToolApiError(_EXCLUSIVE)
+        return tools
+
+    @property
+    def grammar(self) -> GrammarSource | Grammar | None:
+        """What the reply must match."""
+        return None if self.response_format is None else grammar_of_format(self.response_format)
 
     def parameters(self) -> GenerateParameters:
         """How to generate."""
@@ -194,9 +202,10 @@ class TgiChatBody(_Body, frozen=True, kw_only=True):
     messages: list[Message]
     logprobs: bool | None = None
     top_logprobs: U32 | None = None
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    response_format: dict[str, Any] | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice = None
+    tool_prompt: str | None = None
+    response_format: Grammar | None = None
     #: Another name for `max_tokens`.
     max_completion_tokens: U32 | None = None
     stop: list[str] | None = None
@@ -211,8 +220,8 @@ class TgiChatBody(_Body, frozen=True, kw_only=True):
         check_seed(self.seed)
         if self.max_tokens is not None and self.max_completion_tokens is not None:
             raise ValueError("Duplicate field `max_tokens`")
-        if self.response_format is not None and self.response_format.get("type") not in _GRAMMAR_TYPES:
-            raise ValueError(f"Expected `response_format.type` to be one of {', '.join(_GRAMMAR_TYPES)}")
+        if any(not tool.function.has_schema for tool in self.tools or ()):
+            raise ValueError("Object missing required field `arguments`")
 
     @property
     def includes_usage(self) -> bool:
@@ -240,8 +249,18 @@ class TgiChatBody(_Body, frozen=True, kw_only=True):
         return _is_last_assistants(self.messages)
 
     def check_supported(self) -> None:
-        """Refuse what this server cannot do. Raises `ValidationError`."""
-        _refuse({"`tools`": _has_tools(self), "`response_format`": self.response_format is not None})
+        """What TGI can do here, this server can."""
+
+    def tools_in_play(self) -> ToolsInPlay | None:
+        """The tools that the reply may call. Raises `ToolApiError`."""
+        if self.tools is not None and self.response_format is not None:
+            raise ToolApiError(_EXCLUSIVE)
+        return tools_in_play(self.tools, self.tool_choice, self.tool_prompt)
+
+    @property
+    def grammar(self) -> Grammar | None:
+        """What the reply must match."""
+        return self.response_format
 
     def parameters(self) -> GenerateParameters:
         """How to generate."""
@@ -252,11 +271,6 @@ class TgiChatBody(_Body, frozen=True, kw_only=True):
             stop=self.stop or [],
             top_n_tokens=self.top_logprobs,
         )
-
-
-def _has_tools(body: ChatBody | TgiChatBody) -> bool:
-    """A choice without tools to choose from means nothing, to TGI as well."""
-    return bool(body.tools) and body.tool_choice != "none"
 
 
 def _is_last_assistants(messages: list[Message]) -> bool:
@@ -299,7 +313,7 @@ class CompletionBody(_OpenAIBody, frozen=True, kw_only=True):
 
     def check_supported(self) -> None:
         """Refuse what this server cannot do, and what makes no sense. Raises `ValidationError`."""
-        self._check_supported({})
+        super().check_supported()
         if self.best_of is not None and self.best_of < self.openai.num_choices:
             raise ValidationError("`best_of` must be >= `n`")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -52,11 +52,28 @@ class Logprobs(Struct, frozen=True):
     content: list[TokenLogprob]
 
 
+class CalledFunction(Struct, frozen=True):
+    """A function that the model calls. `arguments` is a text of JSON."""
+
+    description: None
+    name: str
+    arguments: str
+
+
+class ToolCall(Struct, frozen=True):
+    """One call."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class AssistantMessage(Struct, frozen=True):
-    """What the model says."""
+    """What the model says, or calls."""
 
     role: str
-    content: str
+    content: str | UnsetType | None
+    tool_calls: list[ToolCall] | UnsetType = UNSET
 
 
 class ChatChoice(Struct, frozen=True):
@@ -79,11 +96,28 @@ class ChatCompletion(Struct, frozen=True, tag_field="object", tag="chat.completi
     usage: Usage
 
 
+class FunctionDelta(Struct, frozen=True):
+    """What a call grows by."""
+
+    name: str | UnsetType | None
+    arguments: str
+
+
+class ToolCallDelta(Struct, frozen=True):
+    """What one of the calls grows by."""
+
+    index: int
+    id: str | UnsetType
+    type: Literal["function"] | UnsetType
+    function: FunctionDelta
+
+
 class Delta(Struct, frozen=True, kw_only=True):
-    """What a message grows by."""
+    """What a message grows by: a text, or calls of tools."""
 
     role: str | UnsetType = UNSET
-    content: str
+    content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatChunkChoice(Struct, frozen=True):

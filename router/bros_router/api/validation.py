@@ -12,9 +12,13 @@ from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
 from bros_router.api.errors import ValidationError
+from bros_router.api.grammar import Grammar
+from bros_router.api.guidance import vetted_grammar
 from bros_router.api.service_level import ServiceLevel
 from bros_router.api.types import GenerateParameters, SimpleToken
 from bros_router.config import ApiConfig
+from bros_router.grammars.protocol import GrammarSource
+from bros_router.grammars.vetter import GrammarVetter
 from bros_router.request import ValidRequest
 from bros_router.service import ServedModel
 from bros_router.tokenizer import Tokenizer, TokenizerError, byte_offsets
@@ -53,6 +57,8 @@ class InferenceRequest:
     #: As in `ValidRequest`.
     cuts_stop_sequences: bool = False
     openai: OpenAIParameters = OpenAIParameters()
+    #: What the reply must match, where `parameters` cannot say it; `None`: as they say.
+    grammar: GrammarSource | Grammar | None = None
     request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @property
@@ -62,10 +68,11 @@ class InferenceRequest:
 
 
 class Validator:
-    """Checks requests, and tokenises their prompts in a pool of threads."""
+    """Checks requests: tokenises their prompts in a pool of threads, and has their grammars vetted."""
 
-    def __init__(self, config: ApiConfig) -> None:
+    def __init__(self, config: ApiConfig, grammars: GrammarVetter) -> None:
         self._config = config
+        self._grammars = grammars
         self._threads = ThreadPoolExecutor(config.validation_workers, thread_name_prefix="validation")
 
     def close(self) -> None:
@@ -95,12 +102,14 @@ class Validator:
 
         Raises:
             ValidationError: with the message of the first rule that is broken.
+            OverloadedError: too many grammars wait to be vetted.
         """
         parameters = request.parameters
         sampling = self._sampling_params(parameters, request.openai, model.vocab_size)
         _check_inputs(request.inputs, parameters.truncate, model.max_input_tokens)
         _check_supported(parameters)
         prompt_token_ids = await self.in_thread(_prompt_token_ids, request, model)
+        grammar = await self._vetted_grammar(request, model)
         num_free_tokens = model.max_total_tokens - len(prompt_token_ids)
         return ValidRequest(
             request_id=request.request_id,
@@ -111,6 +120,7 @@ class Validator:
             cuts_stop_sequences=request.cuts_stop_sequences,
             ignore_eos=parameters.ignore_eos,
             num_prompt_top_tokens=self._num_prompt_top_tokens(request),
+            grammar=grammar,
             request_class=level.request_class,
             ttft_s=level.ttft_s,
             tpot_s=level.tpot_s,
@@ -124,6 +134,14 @@ class Validator:
     async def in_thread(self, function: Callable[..., T], *arguments: object) -> T:
         """Call a function that takes as long as a prompt has tokens."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
+
+    async def _vetted_grammar(self, request: InferenceRequest, model: ServedModel) -> str | None:
+        grammar = request.grammar or request.parameters.grammar
+        if grammar is None:
+            return None
+        if request.parameters.ignore_eos:
+            raise ValidationError("`ignore_eos` cannot be set with a grammar, which says where the reply ends")
+        return await vetted_grammar(grammar, self._grammars, model.guided)
 
     def _num_prompt_top_tokens(self, request: InferenceRequest) -> int | None:
         """TGI says nothing of a prompt unless the server was started for it."""
@@ -232,13 +250,8 @@ def _check_inputs(inputs: str | Sequence[int], truncate: int | None, max_input_t
 
 def _check_supported(parameters: GenerateParameters) -> None:
     """Refuse what TGI can do and this server cannot: an answer that ignored it would be wrong."""
-    unsupported = {
-        "`grammar`": parameters.grammar is not None,
-        "`adapter_id`": parameters.adapter_id is not None,
-    }
-    for name, is_asked_for in unsupported.items():
-        if is_asked_for:
-            raise ValidationError(f"{name} is not supported by this server")
+    if parameters.adapter_id is not None:
+        raise ValidationError("`adapter_id` is not supported by this server")
 
 
 def _prompt_token_ids(request: InferenceRequest, model: ServedModel) -> tuple[int, ...]:

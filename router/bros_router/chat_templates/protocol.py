@@ -1,17 +1,11 @@
-"""What the router and its template helper say to each other: one JSON object a frame, its length first.
-
-JSON, since what clients give to a template is JSON: numbers of any size come through.
-"""
+"""What the router asks its template helper, and what it is answered (`bros_router.helper.frame`)."""
 
 from __future__ import annotations
 
 from typing import Any, Final, TypeAlias
 
-import msgspec
 from msgspec import Struct
 
-#: Unsigned, big-endian: how many bytes follow.
-LENGTH_BYTES: Final = 4
 #: Longest prompt that a template may render: more than a body holds, by default, and than any model reads.
 MAX_PROMPT_CHARACTERS: Final = 4 * 2**20
 #: Longest reason that is told to a client.
@@ -40,14 +34,3 @@ class Refused(Struct, frozen=True, tag="refused"):
 
 
 RenderReply: TypeAlias = Rendered | Refused
-
-
-def to_frame(message: RenderRequest | RenderReply) -> bytes:
-    """The message behind its length. Raises `UnicodeEncodeError` where a text holds half a surrogate pair."""
-    body = msgspec.json.encode(message)
-    return len(body).to_bytes(LENGTH_BYTES, "big") + body
-
-
-def body_length(header: bytes) -> int:
-    """How many bytes follow a frame's header."""
-    return int.from_bytes(header, "big")

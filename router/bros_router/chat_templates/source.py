@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,16 @@ class ChatTemplate:
     source: str
     #: The special tokens that the model has, as text: templates know them as `bos_token`, `eos_token` and so on.
     special_tokens: Mapping[str, str]
+
+    @property
+    def knows_tools(self) -> bool:
+        """Whether it looks at the tools that a model may call."""
+        return re.search(r"\btools\b", self.source) is not None
+
+    @property
+    def knows_tool_calls(self) -> bool:
+        """Whether it looks at the calls of earlier replies."""
+        return "tool_calls" in self.source
 
 
 def find_chat_template(

@@ -19,7 +19,15 @@ from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.policy import Policy
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
-from bros_shard.protocol import NewSequence, RankedToken, SequenceResult, SequenceStep, StepPlan, StepResult, StepShape
+from bros_shard.protocol import (
+    NewSequence,
+    RankedToken,
+    SequenceResult,
+    SequenceStep,
+    StepPlan,
+    StepResult,
+    StepShape,
+)
 
 #: Interruptions at a time, each in the middle of the one before: a short prompt cannot wait for a long one. Few, since
 #: the ranks keep the activations of all of them.
@@ -412,6 +420,7 @@ class Scheduler:
             sequence.sampling,
             len(sequence.output_token_ids),
             sequence.num_prompt_top_tokens,
+            sequence.grammar,
         )
 
     def _commit_token(self, sequence: Sequence, result: SequenceResult | None, now_s: float) -> Outcome:

@@ -42,6 +42,8 @@ class Sequence:
     arrival_s: float
     #: What a real-time sequence wants; `None` for a best-effort one.
     targets: LatencyTargets | None = None
+    #: What its output must match; `None`: anything.
+    grammar: str | None = None
 
     state: SequenceState = SequenceState.WAITING
     output_token_ids: list[int] = field(default_factory=list)

@@ -1,0 +1,162 @@
+"""Guided replies on live servers: they match their grammars, and nobody beside them notices."""
+
+import concurrent.futures
+import http.client
+import json
+import re
+import urllib.error
+import urllib.request
+from typing import Any
+
+import jsonschema
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+BLOCK_SIZE = 16
+#: Longer than a chunk, so that prompts are computed in several steps.
+PROMPT = "Return the value that the caller asked for, as JSON, and nothing else. " * 3
+NUM_FREE = 8
+#: Every example is many requests: one that fails is shown as it is.
+PHASES = (Phase.explicit, Phase.reuse, Phase.generate)
+
+
+def post(server, path: str, body: dict, **headers: str) -> tuple[int, dict]:
+    request = urllib.request.Request(
+        server.url + path, json.dumps(body).encode(), {"Content-Type": "application/json", **headers}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as reply:
+            return reply.status, json.load(reply)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def body_of(grammar: dict | None, seed: int, num_tokens: int) -> dict:
+    parameters = {"max_new_tokens": num_tokens, "details": True, "do_sample": True, "seed": seed, "temperature": 1.2}
+    return {"inputs": f"{seed} {PROMPT}", "parameters": parameters | ({"grammar": grammar} if grammar else {})}
+
+
+def generate(server, grammar: dict | None, seed: int, num_tokens: int = 48) -> dict:
+    """A drawn reply with details; every second request is best-effort."""
+    body = body_of(grammar, seed, num_tokens)
+    status, reply = post(server, "/generate", body, **{"x-request-class": ("rt", "be")[seed % 2]})
+    assert status == 200, reply
+    return reply
+
+
+def token_ids(reply: dict) -> list[int]:
+    return [token["id"] for token in reply["details"]["tokens"]]
+
+
+@pytest.fixture(scope="module", params=["1", "2"], ids=["1 rank", "2 ranks"])
+def small_server(launch, request):
+    """A region that a third of what a test sends at once fills: best-effort sequences are preempted."""
+    flags = ("--dtype", "float32", "--block-size", str(BLOCK_SIZE), "--kv-slots-limit", str(40 * BLOCK_SIZE))
+    flags += ("--max-total-tokens", "240", "--max-batch-prefill-tokens", "32", "--kv-host-memory", "8MiB")
+    return launch(*flags, "--num-shard", request.param).wait_until_ready()
+
+
+@pytest.fixture(scope="module")
+def free_ids(small_server) -> list[list[int]]:
+    """What requests without a grammar are answered when nobody else is there."""
+    return [token_ids(generate(small_server, None, seed, 24)) for seed in range(NUM_FREE)]
+
+
+def num_running(server) -> float:
+    return server.metric('bros_sequences{class="be",state="running"}')
+
+
+LEAVES = st.one_of(
+    st.builds(lambda n: {"type": "string", "maxLength": n}, st.integers(0, 8)),
+    st.builds(lambda values: {"enum": values}, st.lists(st.sampled_from(["é", "a b", '"', 1, None, True]), min_size=1)),
+    st.builds(
+        lambda a, n: {"type": "integer", "minimum": a, "maximum": a + n}, st.integers(-99, 99), st.integers(0, 99)
+    ),
+    st.builds(lambda value: {"const": value}, st.sampled_from(["x", 3, False, None, [1, "two"]])),
+    st.builds(lambda regex: {"type": "string", "pattern": regex}, st.sampled_from(["^[a-c]{2,5}$", "^[0-9]{3}-x?$"])),
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "string", "format": "date"}]),
+)
+
+
+def objects(values: st.SearchStrategy[dict]) -> st.SearchStrategy[dict]:
+    def build(properties: dict, required: set[str]) -> dict:
+        return {"type": "object", "properties": properties, "required": sorted(required & properties.keys())}
+
+    names = st.sampled_from(["name", "age", "é", "a b", "_x", "ns/1"])
+    return st.builds(build, st.dictionaries(names, values, min_size=1, max_size=3), st.sets(names))
+
+
+SCHEMAS = objects(
+    st.recursive(
+        LEAVES,
+        lambda values: st.one_of(
+            st.builds(lambda items, n: {"type": "array", "items": items, "maxItems": n}, values, st.integers(0, 3)),
+            st.builds(lambda branches: {"anyOf": branches}, st.lists(values, min_size=1, max_size=3)),
+            objects(values),
+        ),
+        max_leaves=5,
+    )
+)
+REGEXES = st.recursive(
+    st.sampled_from(["a", "[0-9]", "é", "[^x-z\\n]", "\\d{2}", "\\.", "b?", "[A-Z]{1,3}"]),
+    lambda parts: st.one_of(
+        st.builds("".join, st.lists(parts, min_size=2, max_size=4)),
+        st.builds(lambda a, b: f"(?:{a}|{b})", parts, parts),
+        st.builds(lambda a, n: f"(?:{a}){{{n},{n + 2}}}", parts, st.integers(0, 2)),
+    ),
+    max_leaves=6,
+)
+
+
+def matches(grammar: dict, text: str) -> bool:
+    """As others judge it."""
+    if grammar["type"] == "regex":
+        return re.fullmatch(grammar["value"], text) is not None
+    schema = grammar["value"]
+    jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+    return list(json.loads(text)) == [name for name in schema["properties"] if name in json.loads(text)]
+
+
+@given(schemas=st.lists(SCHEMAS, min_size=8, max_size=8), regexes=st.lists(REGEXES, min_size=4, max_size=4))
+@settings(max_examples=3, deadline=None, suppress_health_check=[*HealthCheck], phases=PHASES)
+def test_guided_replies_match_and_free_ones_are_what_they_were(small_server, eventually, free_ids, schemas, regexes):
+    grammars: list[dict[str, Any] | None] = [{"type": "json", "value": schema} for schema in schemas]
+    grammars += [{"type": "regex", "value": regex} for regex in regexes]
+    guided: dict[int, concurrent.futures.Future[dict]] = {}
+    with concurrent.futures.ThreadPoolExecutor(len(grammars) + NUM_FREE) as threads:
+        # Best-effort ones first: once some of them run, the others take their memory.
+        for first_seed in (1, 0):
+            for seed in range(first_seed, len(grammars), 2):
+                guided[seed] = threads.submit(generate, small_server, grammars[seed], seed)
+            if first_seed:
+                eventually(lambda: num_running(small_server) >= 2 or all(r.done() for r in guided.values()), 30)
+        free = [threads.submit(generate, small_server, None, seed, 24) for seed in range(NUM_FREE)]
+        assert [token_ids(reply.result()) for reply in free] == free_ids
+    num_complete = 0
+    for grammar, reply in zip(grammars, [guided[seed].result() for seed in range(len(grammars))], strict=True):
+        if reply["details"]["finish_reason"] != "length":
+            assert reply["details"]["finish_reason"] == "eos_token"
+            assert matches(grammar, reply["generated_text"]), (grammar, reply["generated_text"])
+            num_complete += 1
+    assert num_complete >= len(grammars) // 4
+
+
+def test_best_effort_sequences_were_preempted(small_server):
+    """So the test above had its replies go on after a pause."""
+    assert small_server.metric('bros_preemptions_total{class="be"}') > 0
+
+
+def test_a_guided_reply_goes_on_when_its_ranks_are_replaced(small_server):
+    grammar = {"type": "json", "value": {"properties": {"a": {"type": "array", "items": {"type": "string"}}}}}
+    expected = next(
+        reply for seed in range(50) if len(token_ids(reply := generate(small_server, grammar, seed, 100))) > 60
+    )
+    body = body_of(grammar, expected["details"]["seed"], 100)
+    connection = http.client.HTTPConnection("127.0.0.1", small_server.port, timeout=120)
+    connection.request("POST", "/generate_stream", json.dumps(body), {"Content-Type": "application/json"})
+    lines = (line for line in connection.getresponse() if line.startswith(b"data: "))
+    events = [json.loads(next(lines).removeprefix(b"data: ")) for _ in range(20)]
+    small_server.ranks[-1].kill()
+    events += [json.loads(line.removeprefix(b"data: ")) for line in lines]
+    assert [event["token"]["id"] for event in events] == token_ids(expected)
