@@ -11,7 +11,7 @@ TGI_CLIENT := .venv-tgi-client
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak schemathesis check format format-check lint types bench bench-kernels bench-prefix eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak schemathesis check format format-check lint types bench bench-kernels bench-prefix bench-guidance eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -70,6 +70,9 @@ bench: install-dev
 
 bench-prefix: install-dev
 	$(BIN)/python -m bros_benchmarks.prefix
+
+bench-guidance: install-dev
+	$(BIN)/python -m bros_benchmarks.guidance
 
 # The evaluation of docs/evaluation.md. ARGS=--quick for minutes instead of an hour or more.
 eval-sim: install-dev

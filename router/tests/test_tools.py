@@ -265,6 +265,23 @@ async def test_a_model_that_declines_is_asked_again_without_tools(chat, config):
     assert choices[-1]["finish_reason"] == "stop"
 
 
+async def test_each_of_several_choices_calls_or_declines_for_itself(chat):
+    turns = TOKENS, DECLINED, ("Hel", "lo", "</s>")
+    reply = await (await chat(ApiConfig(), *turns, n=2)).json()
+    called, said = reply["choices"]
+    assert (called["index"], called["finish_reason"]) == (0, "tool_calls")
+    assert [one["function"]["name"] for one in called["message"]["tool_calls"]] == ["weather"]
+    assert (said["index"], said["message"]) == (1, {"role": "assistant", "content": "Hello"})
+    assert reply["usage"]["completion_tokens"] == len(TOKENS) + 3
+    response = await chat(ApiConfig(), *turns, n=2, stream=True, stream_options={"include_usage": True})
+    *chunks, usage = await chunks_of(response)
+    choices = [chunk["choices"][0] for chunk in chunks]
+    assert "".join(c["delta"].get("content", "") for c in choices if c["index"] == 1) == "Hello"
+    assert [c["finish_reason"] for c in choices if c["finish_reason"]] == ["tool_calls", "stop"]
+    assert any("tool_calls" in c["delta"] for c in choices if c["index"] == 0)
+    assert usage["usage"]["completion_tokens"] == len(TOKENS) + 3
+
+
 async def test_a_reply_that_was_cut_off(chat):
     cut = TOKENS[:8]
     reason = FinishReason.LENGTH

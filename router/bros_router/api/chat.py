@@ -9,8 +9,7 @@ from aiohttp import web
 
 from bros_router.api import errors
 from bros_router.api.call import API, Api, Call, WholeReply, inference_call, inference_calls, preparation, whole_replies
-from bros_router.api.chat_message import cut_behind
-from bros_router.api.dialect import ASSISTANT
+from bros_router.api.chat_message import ASSISTANT, cut_behind
 from bros_router.api.exchange import json_response, read_body, read_for_inference, stream_response
 from bros_router.api.headers import compute_headers, compute_time_header, terms_headers, timing_headers
 from bros_router.api.service_level import ServiceLevel, service_level

@@ -7,7 +7,8 @@ from typing import Any, Final, TypeAlias
 import msgspec
 from msgspec import UNSET, Struct
 
-_ASSISTANT: Final = "assistant"
+#: The role of the model.
+ASSISTANT: Final = "assistant"
 
 
 class TextChunk(Struct, frozen=True, tag_field="type", tag="text"):
@@ -125,7 +126,7 @@ class Message(Struct, frozen=True):
     @property
     def is_assistants(self) -> bool:
         """Whether the model said it, or is to go on with it."""
-        return self.role == _ASSISTANT
+        return self.role == ASSISTANT
 
 
 def _template_call(call: ToolCall) -> _TemplateToolCall:

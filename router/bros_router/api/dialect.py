@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from bros_router.api.chat_message import Message
+from bros_router.api.chat_message import ASSISTANT, Message
 from bros_router.api.tool_reply import OpenAIToolReply, TgiToolReply, ToolReply
 from bros_router.api.tools import ToolsInPlay
 from bros_router.api.v1_bodies import (
@@ -23,8 +23,6 @@ from bros_router.chat_templates.source import ChatTemplate
 from bros_router.request import FinishReason, TokenEvent
 
 T = TypeVar("T")
-
-ASSISTANT: Final = "assistant"
 
 
 class Dialect(Protocol):

@@ -35,13 +35,13 @@ async def vetted_grammar(
     """
     if guided is None:
         raise _refusal("unsupported")
-    reply = await vetter.vet(source_of(source), guided)
+    reply = await vetter.vet(_source_of(source), guided)
     if isinstance(reply, Vetted):
         return reply.grammar
     raise _refusal(reply.rule, reply.reason)
 
 
-def source_of(grammar: GrammarSource | Grammar) -> GrammarSource:
+def _source_of(grammar: GrammarSource | Grammar) -> GrammarSource:
     """What is to be vetted. Raises `ValidationError` where the value has not the shape that its type wants."""
     match grammar:
         case JsonGrammar(dict() as schema) | JsonObjectGrammar(dict() as schema):

@@ -12,7 +12,7 @@ from typing import Protocol
 import msgspec
 from msgspec import UNSET
 
-from bros_router.api.chat_message import Message
+from bros_router.api.chat_message import ASSISTANT, Message
 from bros_router.api.errors import ToolApiError
 from bros_router.api.tool_call_reader import CallPiece, ToolCallReader
 from bros_router.api.v1_replies import (
@@ -25,8 +25,6 @@ from bros_router.api.v1_replies import (
 )
 from bros_router.grammars.protocol import NO_TOOL
 from bros_router.request import FinishReason
-
-_ASSISTANT = "assistant"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +84,8 @@ class OpenAIToolReply:
     def message(self, calls: Calls, text: str) -> AssistantMessage:
         """A reply that was cut off shows what there is."""
         if not calls.calls:
-            return AssistantMessage(_ASSISTANT, "")
-        return AssistantMessage(_ASSISTANT, None, [_call(_new_id(), *call) for call in calls.calls])
+            return AssistantMessage(ASSISTANT, "")
+        return AssistantMessage(ASSISTANT, None, [_call(_new_id(), *call) for call in calls.calls])
 
     def finish_reason(self, reason: FinishReason) -> str:
         """The calls, unless it was cut off."""
@@ -97,7 +95,7 @@ class OpenAIToolReply:
         """The last event may have no call in it."""
         if not pieces and reason is None:
             return None
-        role = _ASSISTANT if self._is_first else UNSET
+        role = ASSISTANT if self._is_first else UNSET
         self._is_first = False
         calls = [
             ToolCallDelta(piece.index, UNSET, UNSET, FunctionDelta(UNSET, piece.arguments))
@@ -119,7 +117,7 @@ class TgiToolReply:
         """TGI reads the whole reply, so one that was cut off is an error."""
         if not calls.is_complete:
             raise ToolApiError(f"Failed to parse generated text: EOF while parsing {json.dumps(text)}")
-        return AssistantMessage(_ASSISTANT, UNSET, [_call("0", *call) for call in calls.calls])
+        return AssistantMessage(ASSISTANT, UNSET, [_call("0", *call) for call in calls.calls])
 
     def finish_reason(self, reason: FinishReason) -> str:
         """As of any reply."""
@@ -130,7 +128,7 @@ class TgiToolReply:
         if not pieces:
             return None
         function = FunctionDelta(pieces[0].name, "".join(piece.arguments for piece in pieces))
-        return Delta(role=_ASSISTANT, tool_calls=[ToolCallDelta(0, self._stream_id, "function", function)])
+        return Delta(role=ASSISTANT, tool_calls=[ToolCallDelta(0, self._stream_id, "function", function)])
 
 
 def _call(call_id: str, name: str, arguments: str) -> ToolCall:

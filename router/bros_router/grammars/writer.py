@@ -61,10 +61,10 @@ def _parsed(text: str) -> Any:
 
 
 def _of_schema(schema: Any, *, needs_properties: bool) -> str:
-    check_schema(schema)
+    _check_schema(schema)
     if not isinstance(schema, dict) or (needs_properties and "properties" not in schema):
         raise RefusedGrammarError("invalid", "Grammar must have a 'properties' field")
-    return msgspec.json.encode({"grammars": [{"json_schema": as_written(schema)}]}).decode()
+    return msgspec.json.encode({"grammars": [{"json_schema": _as_written(schema)}]}).decode()
 
 
 def _of_tools(tools: list[CallableTool], max_calls: int, *, may_decline: bool) -> str:
@@ -84,17 +84,17 @@ def _json_of_call(tool: CallableTool) -> str:
     schema: dict[str, Any] = tool.schema if isinstance(tool.schema, dict) else {}
     if isinstance(schema.get("additionalProperties"), str):  # the one form that TGI knows
         schema = schema | {"additionalProperties": schema["additionalProperties"] == "true"}
-    check_schema(schema)
+    _check_schema(schema)
     name = {"_name": {"type": "string", "const": tool.name}}
     call = {
         "type": "object",
         "properties": name | {key: value for key, value in schema.get("properties", {}).items() if key not in name},
         "required": ["_name", *schema.get("required", ())],
     }
-    return msgspec.json.encode(as_written(schema | call)).decode()
+    return msgspec.json.encode(_as_written(schema | call)).decode()
 
 
-def check_schema(schema: Any) -> None:
+def _check_schema(schema: Any) -> None:
     """Raises `RefusedGrammarError` where it is no schema of JSON Schema's draft 2020-12."""
     try:
         jsonschema.Draft202012Validator.check_schema(schema)
@@ -102,7 +102,7 @@ def check_schema(schema: Any) -> None:
         raise RefusedGrammarError("invalid", error.message) from None
 
 
-def as_written(schema: dict[str, Any]) -> dict[str, Any]:
+def _as_written(schema: dict[str, Any]) -> dict[str, Any]:
     """The schema as llguidance is to read it. What a client says to llguidance is dropped."""
     written: dict[str, Any] = closed(schema)
     return written | {_EXTENSION: {"whitespace_pattern": _WHITESPACE}}
