@@ -77,7 +77,7 @@ def print_table(seconds: dict[str, dict[str, list[float]]]) -> None:
             f"{statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)):.2f}" for a, b in ratios
         ]
         table.add_row(title, *columns)
-    Console(width=140).print(table)
+    Console(width=180).print(table)
 
 
 def main() -> None:

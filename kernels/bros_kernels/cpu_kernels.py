@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from typing import Final
 
 import numpy as np
@@ -11,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
+from bros_kernels.fused_layer import FusedLayer
 from bros_kernels.int8 import Int8Weight
 from bros_kernels.linear import Activation, Linear, RMSNorm, gated
-from bros_kernels.native import CAttention, CLinear, CNorm, CStep
+from bros_kernels.native import CAttention, CLayer, CLinear, CNorm, CStep
 from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_kernels.reference_attention import ReferenceAttention
 from bros_kernels.torch_kernels import TorchKernels
@@ -42,7 +44,7 @@ class CpuKernels:
 
     def attention(self, meta: AttnMeta) -> PagedAttention:
         """See `Kernels.attention`."""
-        return CpuAttention(self._library, self._dtype, self._layers, meta)
+        return CpuAttention(self._library, self._dtype, self._described, meta)
 
     def linear(
         self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None, is_exact: bool = False
@@ -62,6 +64,21 @@ class CpuKernels:
         if bias is not None:
             bias = bias.view(2, -1, _PANEL // 2).transpose(0, 1).reshape(bias.shape)
         return _PackedLinear(self._library, interleaved, bias, norm, self._has_int8_weights, _SILU_MUL)
+
+    def fuse_layer(
+        self, layer: AttentionLayer, qkv: Linear, output: Linear, gated: Linear, down: Linear
+    ) -> FusedLayer | None:
+        """See `Kernels.fuse_layer`."""
+        linears = [each for each in (qkv, output, gated, down) if isinstance(each, _PackedLinear)]
+        if len(linears) < 4 or not _is_known(layer, self._dtype):
+            return None
+        return _CpuLayer(self._library, layer, self._described(layer), linears)
+
+    def _described(self, layer: AttentionLayer) -> CAttention:
+        """What the library is told of a layer; it stays where it is as long as these kernels."""
+        if layer not in self._layers:
+            self._layers[layer] = _describe(layer, self._dtype)
+        return self._layers[layer]
 
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """See `Kernels.rms_norm`."""
@@ -120,14 +137,14 @@ class _PackedLinear:
             _DTYPES[self._dtype],
             epilogue,
         )
-        self._address = ctypes.addressof(self._linear)
+        self.address = ctypes.addressof(self._linear)
         self._out_features = num_rows // 2 if epilogue == _SILU_MUL else num_rows
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         num_rows = len(x)
         out = torch.empty(num_rows, self._out_features, dtype=self._dtype)
         residual_at = None if residual is None else residual.data_ptr()
-        self._multiply(self._address, x.data_ptr(), x.stride(0), num_rows, residual_at, out.data_ptr())
+        self._multiply(self.address, x.data_ptr(), x.stride(0), num_rows, residual_at, out.data_ptr())
         return out
 
 
@@ -135,12 +152,16 @@ class CpuAttention:
     """Implements `PagedAttention`."""
 
     def __init__(
-        self, library: ctypes.CDLL, dtype: torch.dtype, layers: dict[AttentionLayer, CAttention], meta: AttnMeta
+        self,
+        library: ctypes.CDLL,
+        dtype: torch.dtype,
+        described: Callable[[AttentionLayer], CAttention],
+        meta: AttnMeta,
     ) -> None:
-        """`layers`: what the library is told of each layer; those that are met for the first time are added."""
+        """`described`: what the library is told of a layer."""
         self._attend = library.bros_attend
         self._dtype = dtype
-        self._layers = layers
+        self._described = described
         self._meta = meta
         #: By the number of heads that share a key head.
         self._steps: dict[int, _Step] = {}
@@ -148,25 +169,45 @@ class CpuAttention:
 
     def attend(self, layer: AttentionLayer, qkv: Tensor, angles: Angles | None, k: Tensor, v: Tensor) -> Tensor:
         """See `PagedAttention.attend`."""
-        group = layer.num_heads // layer.num_kv_heads
-        is_odd = layer.head_dim % 2 == 1 and self._dtype == torch.bfloat16
-        if is_odd or layer.head_dim > _MAX_HEAD_DIM or group > _MAX_QUERY_ROWS:
+        if not _is_known(layer, self._dtype):
             if self._reference is None:
                 self._reference = ReferenceAttention(self._meta, self._dtype)
             return self._reference.attend(layer, qkv, angles, k, v)
-        if layer not in self._layers:
-            self._layers[layer] = _describe(layer, self._dtype)
-        if group not in self._steps:
-            self._steps[group] = _Step(self._meta, group)
-        cos, sin, rotary_dim = None, None, 0
-        if angles is not None:
-            cos, sin, rotary_dim = angles[0].data_ptr(), angles[1].data_ptr(), angles[0].shape[-1]
         out = torch.empty(len(qkv), layer.num_heads * layer.head_dim, dtype=qkv.dtype)
         self._attend(
-            *(self._steps[group].address, ctypes.addressof(self._layers[layer]), qkv.data_ptr()),
-            *(cos, sin, rotary_dim, k.data_ptr(), v.data_ptr(), out.data_ptr()),
+            *(self.step_of(layer), ctypes.addressof(self._described(layer)), qkv.data_ptr()),
+            *(*_angles(angles), k.data_ptr(), v.data_ptr(), out.data_ptr()),
         )
         return out
+
+    def step_of(self, layer: AttentionLayer) -> int:
+        """The address of what the library is told of the step, for such a layer."""
+        group = layer.num_heads // layer.num_kv_heads
+        if group not in self._steps:
+            self._steps[group] = _Step(self._meta, group)
+        return self._steps[group].address
+
+
+class _CpuLayer:
+    """Implements `FusedLayer`."""
+
+    def __init__(
+        self, library: ctypes.CDLL, layer: AttentionLayer, described: CAttention, linears: list[_PackedLinear]
+    ) -> None:
+        """`linears`: qkv, output, gated, down."""
+        self._run = library.bros_run_layer
+        self._attention_layer = layer
+        self._kept_alive = described, linears
+        self._layer = CLayer(ctypes.addressof(described), *(linear.address for linear in linears))
+        self._address = ctypes.addressof(self._layer)
+
+    def __call__(
+        self, hidden: Tensor, angles: Angles | None, k: Tensor, v: Tensor, attention: PagedAttention
+    ) -> Tensor:
+        assert isinstance(attention, CpuAttention)
+        step = attention.step_of(self._attention_layer)
+        self._run(self._address, step, hidden.data_ptr(), *_angles(angles), k.data_ptr(), v.data_ptr())
+        return hidden
 
 
 class _Step:
@@ -209,6 +250,18 @@ class _Step:
             *(table.data_ptr(), table.stride(0), meta.block_size),
         )
         self.address = ctypes.addressof(self._step)
+
+
+def _is_known(layer: AttentionLayer, dtype: torch.dtype) -> bool:
+    """Whether the library can attend so."""
+    is_odd = layer.head_dim % 2 == 1 and dtype == torch.bfloat16
+    group = layer.num_heads // layer.num_kv_heads
+    return not is_odd and layer.head_dim <= _MAX_HEAD_DIM and group <= _MAX_QUERY_ROWS
+
+
+def _angles(angles: Angles | None) -> tuple[int | None, int | None, int]:
+    """As the library takes them."""
+    return (None, None, 0) if angles is None else (angles[0].data_ptr(), angles[1].data_ptr(), angles[0].shape[-1])
 
 
 def _describe_norm(norm: RMSNorm | None) -> CNorm:

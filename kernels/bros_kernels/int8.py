@@ -7,12 +7,15 @@ calibrated, and a token's numbers depend on nothing but the token.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import Tensor
 
 #: Inputs of no larger magnitude become 0, and nothing is divided by 0.
-_SMALLEST_MAXIMUM = 1e-30
+_SMALLEST_MAXIMUM: Final = 1e-30
+#: Rows of a weight that are rounded together: a whole vocabulary in float32 would be as large as a small model.
+_ROWS_AT_ONCE: Final = 1024
 
 
 def round_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,7 +43,8 @@ class Int8Weight:
     def of(cls, weight: Tensor) -> Int8Weight:
         """The weight (out_features, in_features), rounded."""
         assert weight.shape[1] > 1, "PyTorch's integer product is wrong for one input feature"
-        return cls(*round_rows(weight))
+        values, scales = zip(*map(round_rows, weight.split(_ROWS_AT_ONCE)), strict=True)
+        return cls(torch.cat(values), torch.cat(scales))
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weight.T + bias, of the rounded x. The integers are exact.

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.cpu_kernels import CpuKernels
+from bros_kernels.fused_layer import FusedLayer
 from bros_kernels.linear import Activation, Linear, RMSNorm
 from bros_kernels.native import NativeLibraryError, load_library
-from bros_kernels.paged_attention import PagedAttention
+from bros_kernels.paged_attention import AttentionLayer, PagedAttention
 from bros_kernels.torch_kernels import TorchKernels
 
 log = structlog.get_logger()
@@ -51,6 +52,11 @@ class Kernels(Protocol):
         Args:
             weight: (2 * out_features, in_features): the rows of gate, then those of up; `bias` alike.
         """
+
+    def fuse_layer(
+        self, layer: AttentionLayer, qkv: Linear, output: Linear, gated: Linear, down: Linear
+    ) -> FusedLayer | None:
+        """A layer of these attention and products, which these kernels made, in one call; None: there is none."""
 
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """norm(x), of (rows, size). Contiguous."""

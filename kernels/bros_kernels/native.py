@@ -33,6 +33,11 @@ _FUNCTIONS: Final = {
         c_int64,
         *(c_void_p,) * 3,
     ),  # step, attention, qkv, cos, sin, rotary_dim, k, v, out
+    "bros_run_layer": (
+        *(c_void_p,) * 5,
+        c_int64,
+        *(c_void_p,) * 2,
+    ),  # layer, step, hidden, cos, sin, rotary_dim, k, v
 }
 
 
@@ -91,6 +96,18 @@ class CAttention(ctypes.Structure):
         ("scale", c_float),
         ("softcap", c_float),
         ("dtype", c_int32),
+    )
+
+
+class CLayer(ctypes.Structure):
+    """`struct bros_layer` of `native/layer.h`."""
+
+    _fields_ = (
+        ("attention", c_void_p),
+        ("qkv", c_void_p),
+        ("output", c_void_p),
+        ("gated", c_void_p),
+        ("down", c_void_p),
     )
 
 

@@ -7,10 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
+from bros_kernels.fused_layer import FusedLayer
 from bros_kernels.int8 import Int8Weight
 from bros_kernels.linear import Activation, Linear, RMSNorm, gated
 from bros_kernels.onednn import packed_linear
-from bros_kernels.paged_attention import PagedAttention
+from bros_kernels.paged_attention import AttentionLayer, PagedAttention
 from bros_kernels.reference_attention import ReferenceAttention
 
 
@@ -57,6 +58,12 @@ class TorchKernels:
     def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None) -> Linear:
         """See `Kernels.gated_linear`."""
         return gated(self.linear(weight, bias, norm), activation)
+
+    def fuse_layer(
+        self, layer: AttentionLayer, qkv: Linear, output: Linear, gated: Linear, down: Linear
+    ) -> FusedLayer | None:
+        """See `Kernels.fuse_layer`."""
+        return None
 
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """See `Kernels.rms_norm`."""

@@ -118,6 +118,13 @@ def test_numbers_that_are_not_finite_spoil_their_own_row(kernels: Kernels, poiso
     assert torch.equal(found[::2], healthy[::2])
 
 
+def test_large_weight_is_rounded_row_by_row() -> None:
+    weight = torch.randn(2500, 16).bfloat16()
+    values, scales = round_rows(weight)
+    rounded = Int8Weight.of(weight)
+    assert torch.equal(rounded.values, values) and torch.equal(rounded.scales, scales)
+
+
 def test_row_of_zeros(kernels: Kernels) -> None:
     bias = torch.randn(40).bfloat16()
     assert torch.equal(kernels.linear(torch.randn(40, 64).bfloat16(), bias)(torch.zeros(1, 64).bfloat16())[0], bias)

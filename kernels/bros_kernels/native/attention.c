@@ -5,7 +5,8 @@
 
 #include "avx512.h"
 
-/* Keys of a tile: two panels. In bf16, scores of 48 rows and both packed panels of heads of 64 numbers take 34 KB of L2. */
+/* Keys of a tile: two panels. In bf16, scores of 48 rows and the packed panels of heads of 64 numbers take 34 KB of
+ * L2. */
 enum { TILE_KEYS = 64, GROUP_KEYS = 16 };
 
 struct attend_job {
@@ -56,7 +57,8 @@ AVX512_INLINE void prepare(const struct attend_job *job, int64_t token, const in
         if (norm->weight)
             normalise(head, head_dim, norm, head, dtype);
         if (job->cos)
-            rotate(head, job->rotary_dim, number_at(job->cos, angles, dtype), number_at(job->sin, angles, dtype), dtype);
+            rotate(head, job->rotary_dim, number_at(job->cos, angles, dtype), number_at(job->sin, angles, dtype),
+                   dtype);
     }
     size_t row_bytes = (size_t)(row * number_bytes(dtype));
     memcpy(number_at(job->k, slot, dtype), number_at(x, num_heads * head_dim, dtype), row_bytes);
@@ -89,7 +91,7 @@ struct scratch {
     _Alignas(64) char q[BROS_MAX_QUERY_ROWS * BROS_MAX_HEAD_DIM * sizeof(float)];
     _Alignas(64) float scores[BROS_MAX_QUERY_ROWS][TILE_KEYS];
     _Alignas(64) char weights[BROS_MAX_QUERY_ROWS * TILE_KEYS * sizeof(float)];
-    _Alignas(64) float spans[2][BROS_MAX_QUERY_ROWS * MAX_ROW_FLOATS]; /* one span's rows, and those of the spans before */
+    _Alignas(64) float spans[2][BROS_MAX_QUERY_ROWS * MAX_ROW_FLOATS]; /* rows of the spans so far, and of one */
 };
 
 /* out[i][j] = in[j][i], of 16 x 16 numbers of 32 bits; rows of `out` are out_stride bytes apart. */
@@ -152,8 +154,8 @@ static int64_t padded_units(int64_t head_dim, int dtype)
     return (head_dim * number_bytes(dtype) / UNIT_BYTES + 15) / 16 * 16;
 }
 
-/* Lay keys [start, start + count) out as panels of 32 keys; those beyond `count` hold anything. Meanwhile fetch the tile
- * after it, up to `stop`: a few lines at a time, since more than the core can wait for at once would make it stop. */
+/* Lay keys [start, start + count) out as panels of 32 keys; those beyond `count` hold anything. Meanwhile fetch the
+ * tile after it, up to `stop`: a few lines at a time, since more than the core can wait for at once would stop it. */
 AVX512_INLINE void pack_keys(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t count,
                              int64_t stop, int64_t kv_head, char *panels, const int dtype)
 {
@@ -432,7 +434,7 @@ void bros_attend(const struct bros_step *step, const struct bros_attention *atte
     job.scale = softcap != 0.0f ? attention->scale / softcap : attention->scale * LOG2E;
     bros_run(prepare_tile, &job, (step->num_tokens + TILE_TOKENS - 1) / TILE_TOKENS);
     if (part_floats)
-        job.parts = bros_scratch((size_t)part_floats * sizeof(float));
+        job.parts = bros_scratch(BROS_CALL_SCRATCH, (size_t)part_floats * sizeof(float));
     bros_run(attend_tile, &job, step->num_queries * num_kv_heads);
     bros_run(merge_tile, &job, step->num_splits * num_kv_heads);
 }

@@ -25,9 +25,9 @@ struct bros_queries {
     int32_t first_token; /* row of qkv */
     int32_t num_tokens;
     int32_t first_position; /* logical position of the first one */
-    int32_t first_key, stop_key;
-    int32_t part; /* -1: the keys are all that the tokens see; else they are one span, and this is the first row's number
-                     among the rows of all such parts */
+    int32_t first_key, stop_key; /* the first one is a multiple of BROS_SPAN_KEYS */
+    int32_t part; /* -1: the keys are all that the tokens see; else they are one span, and this is the number of the
+                     first row among the rows of all such parts */
 };
 
 /* Query tokens whose keys are split into parts, which follow each other. */

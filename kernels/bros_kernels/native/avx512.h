@@ -120,7 +120,24 @@ AVX512_INLINE int32x16 add_quads(int32x16 sum, __m512i row, __m512i columns, con
  * 64 bytes. Each sum is taken in the order of the units. Meanwhile so many cache lines a unit are fetched from `next`.
  *
  * Two functions, since gcc copies sums from register to register where their type is not the instruction's. */
-#define MULTIPLY_PANEL(NAME, SUM, ADD)                                                                             AVX512_INLINE void NAME(SUM sums[MAX_ROWS][2], const int rows, const char *x, int64_t x_stride,                                        const char *panel, int64_t num_units, const char *next, const int next_lines,                                  const int unit)                                                                        {                                                                                                                  for (int64_t at = 0; at < num_units; at++, panel += PANEL_UNIT_BYTES, x += UNIT_BYTES) {                           __m512i left = _mm512_load_si512(panel), right = _mm512_load_si512(panel + 64);                                for (int line = 0; line < next_lines; line++, next += 64)                                                          _mm_prefetch(next, _MM_HINT_T1);                                                                           for (int r = 0; r < rows; r++) {                                                                                   int32_t numbers;                                                                                               __builtin_memcpy(&numbers, x + r * x_stride, sizeof numbers);                                                  __m512i row = _mm512_set1_epi32(numbers);                                                                      sums[r][0] = ADD(sums[r][0], row, left, unit);                                                                 sums[r][1] = ADD(sums[r][1], row, right, unit);                                                            }                                                                                                          }                                                                                                          }
+#define MULTIPLY_PANEL(NAME, SUM, ADD)                                                                         \
+    AVX512_INLINE void NAME(SUM sums[MAX_ROWS][2], const int rows, const char *x, int64_t x_stride,            \
+                            const char *panel, int64_t num_units, const char *next, const int next_lines,      \
+                            const int unit)                                                                    \
+    {                                                                                                          \
+        for (int64_t at = 0; at < num_units; at++, panel += PANEL_UNIT_BYTES, x += UNIT_BYTES) {               \
+            __m512i left = _mm512_load_si512(panel), right = _mm512_load_si512(panel + 64);                    \
+            for (int line = 0; line < next_lines; line++, next += 64)                                          \
+                _mm_prefetch(next, _MM_HINT_T1);                                                               \
+            for (int r = 0; r < rows; r++) {                                                                   \
+                int32_t numbers;                                                                               \
+                __builtin_memcpy(&numbers, x + r * x_stride, sizeof numbers);                                  \
+                __m512i row = _mm512_set1_epi32(numbers);                                                      \
+                sums[r][0] = ADD(sums[r][0], row, left, unit);                                                 \
+                sums[r][1] = ADD(sums[r][1], row, right, unit);                                                \
+            }                                                                                                  \
+        }                                                                                                      \
+    }
 
 MULTIPLY_PANEL(multiply_panel, __m512, add_floats)
 MULTIPLY_PANEL(multiply_int8_panel, int32x16, add_quads)

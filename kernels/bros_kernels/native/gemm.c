@@ -11,9 +11,10 @@ void bros_pack_weight(const char *w, int64_t n, int64_t row_bytes, char *packed)
     for (int64_t panel = 0; panel < num_panels; panel++)
         for (int64_t at = 0; at < row_bytes; at += UNIT_BYTES)
             for (int64_t column = panel * PANEL; column < (panel + 1) * PANEL; column++, packed += UNIT_BYTES) {
+                const int64_t num_bytes = at + UNIT_BYTES < row_bytes ? UNIT_BYTES : row_bytes - at;
                 memset(packed, 0, UNIT_BYTES);
                 if (column < n)
-                    memcpy(packed, w + column * row_bytes + at, at + UNIT_BYTES < row_bytes ? UNIT_BYTES : row_bytes - at);
+                    memcpy(packed, w + column * row_bytes + at, (size_t)num_bytes);
             }
 }
 
@@ -179,7 +180,8 @@ void bros_multiply(const struct bros_linear *linear, const void *x, int64_t x_st
     const int64_t k = linear->k, rounded_stride = (k + 63) / 64 * 64;
     size_t normed_bytes = linear->norm.weight ? (size_t)((m * k * number_bytes(linear->dtype) + 63) / 64 * 64) : 0;
     size_t rounded_bytes = linear->scales ? (size_t)(m * rounded_stride) : 0;
-    char *scratch = bros_scratch(normed_bytes + rounded_bytes + (size_t)m * sizeof(struct row_scale));
+    size_t scales_bytes = (size_t)m * sizeof(struct row_scale);
+    char *scratch = bros_scratch(BROS_CALL_SCRATCH, normed_bytes + rounded_bytes + scales_bytes);
     if (linear->norm.weight) {
         bros_rms_norm(x, x_stride, m, k, &linear->norm, linear->dtype, scratch);
         x = scratch;

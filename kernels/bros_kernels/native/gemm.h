@@ -21,9 +21,9 @@ enum bros_epilogue {
 
 /* A packed weight, and what is done beside the product.
  *
- * Weights are numbers of `dtype`, an even number of them a row in bf16, or int8, to which 128 was added before they were
- * packed, with a scale for each column. The inputs of those are rounded to int8 too, with a scale for each row, largest
- * magnitude / 127: the products are exact integers. */
+ * Weights are numbers of `dtype`, an even number of them a row in bf16, or int8, to which 128 was added before they
+ * were packed, with a scale for each column. The inputs of those are rounded to int8 too, with a scale for each row,
+ * largest magnitude / 127: the products are exact integers. */
 struct bros_linear {
     const char *packed; /* aligned to 64 bytes */
     int64_t n, k;
