@@ -43,8 +43,9 @@ class Int8Weight:
     def of(cls, weight: Tensor) -> Int8Weight:
         """The weight (out_features, in_features), rounded."""
         assert weight.shape[1] > 1, "PyTorch's integer product is wrong for one input feature"
-        values, scales = zip(*map(round_rows, weight.split(_ROWS_AT_ONCE)), strict=True)
-        return cls(torch.cat(values), torch.cat(scales))
+        starts = range(0, len(weight), _ROWS_AT_ONCE)
+        parts = [round_rows(weight[start : start + _ROWS_AT_ONCE]) for start in starts]
+        return cls(torch.cat([values for values, _ in parts]), torch.cat([scales for _, scales in parts]))
 
     def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x @ weight.T + bias, of the rounded x. The integers are exact.
