@@ -11,7 +11,7 @@ TGI_CLIENT := .venv-tgi-client
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak schemathesis check format format-check lint types bench bench-kernels bench-prefix bench-guidance eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak schemathesis check format format-check lint types bench bench-kernels bench-quantisation bench-prefix bench-guidance eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -63,7 +63,11 @@ types: install-dev
 	$(BIN)/mypy
 
 bench-kernels: install-dev
+	$(BIN)/python -m bros_benchmarks.operations
 	$(BIN)/python -m bros_benchmarks.kernels
+
+bench-quantisation: install-dev
+	$(BIN)/python -m bros_benchmarks.quantisation
 
 bench: install-dev
 	$(BIN)/python -m bros_benchmarks.serving

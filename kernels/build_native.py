@@ -18,7 +18,8 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 PACKAGE = Path(__file__).parent / "bros_kernels"
 LIBRARY = PACKAGE / "libbros.so"
 # Never -ffast-math: loading such a library makes the whole process flush denormal numbers to zero, and breaks isnan.
-FLAGS = "-O3 -std=gnu11 -shared -fPIC -pthread -fvisibility=hidden -fno-math-errno -fno-trapping-math"
+# -ffp-contract=off: a product and a sum are rounded once where the source says so, and nowhere else.
+FLAGS = "-O3 -std=gnu11 -shared -fPIC -pthread -fvisibility=hidden -fno-math-errno -fno-trapping-math -ffp-contract=off"
 
 
 class NativeBuildHook(BuildHookInterface):

@@ -1,7 +1,7 @@
 """What steps take with each of a CPU's kernels, in turn: `python -m bros_benchmarks.kernels`, or `make bench-kernels`.
 
-Two ranks with SmolLM2-135M's shape and random weights, one with PyTorch's kernels and one with the C kernels, run the
-same made-up steps, one after the other.
+Ranks with SmolLM2-135M's shape and random weights, with PyTorch's kernels, with the C kernels, and with those and int8
+weights, run the same made-up steps, one after the other.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from rich.console import Console
@@ -23,7 +25,12 @@ from bros_shard.options import ShardOptions
 from bros_shard.rehearsal import Rehearsal, chunk, decodes
 from bros_shard.worker import Worker
 
-_NAMES: Final = ("torch", "cpu")
+#: Options of each rank, by what the table calls it.
+_RANKS: Final[dict[str, dict[str, Any]]] = {
+    "torch": {"kernels": "torch"},
+    "cpu": {"kernels": "cpu"},
+    "cpu, int8": {"kernels": "cpu", "quantize": "int8"},
+}
 #: By what the table calls them.
 SCENES: Final = {
     "1 decode, context 128": decodes(1, 128),
@@ -37,15 +44,15 @@ SCENES: Final = {
 }
 
 
-def measure(options: ShardOptions, num_rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each scene with each kernels, by round; one more round warms up."""
-    seconds: dict[str, dict[str, list[float]]] = {title: {name: [] for name in _NAMES} for title in SCENES}
-    workers = {name: Worker(replace(options, kernels=name)) for name in _NAMES}
-    threads = {"torch": options.num_threads, "cpu": 1}  # as `select_kernels` sets it where a process has one of them
+def measure(options: ShardOptions, names: Sequence[str], num_rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each scene on each rank, by round; one more round warms up."""
+    seconds: dict[str, dict[str, list[float]]] = {title: {name: [] for name in names} for title in SCENES}
+    workers = {name: Worker(replace(options, **_RANKS[name])) for name in names}
     for number in track(range(num_rounds + 1), "rounds", console=Console(stderr=True)):
         for title, scene in SCENES.items():
             for name, worker in workers.items():
-                torch.set_num_threads(threads[name])
+                # As `select_kernels` sets it where a process has one of them.
+                torch.set_num_threads(options.num_threads if name == "torch" else 1)
                 worker.cache.touch(scene.num_blocks(worker.cache.block_size))
                 rehearsal = Rehearsal(worker.execute, worker.num_blocks, worker.cache.block_size)
                 taken_s = rehearsal.measure(scene)
@@ -56,13 +63,21 @@ def measure(options: ShardOptions, num_rounds: int) -> dict[str, dict[str, list[
 
 def print_table(seconds: dict[str, dict[str, list[float]]]) -> None:
     """Shortest and median times, and the median of the rounds' ratios."""
-    table = Table("step", *(f"{name} ms, shortest / median" for name in _NAMES), "torch / cpu", "tokens/s, cpu")
+    names = list(next(iter(seconds.values())))
+    ratios = list(pairwise(names))
+    headings = [f"{name}: {what}" for name in names for what in ("ms, shortest / median", "tokens/s")]
+    table = Table("step", *headings, *(f"{a} / {b}" for a, b in ratios))
     for title, times in seconds.items():
         num_tokens = sum(num_tokens for _, num_tokens in SCENES[title].sequences)
-        columns = [f"{1e3 * min(times[name]):.1f} / {1e3 * statistics.median(times[name]):.1f}" for name in _NAMES]
-        ratio = statistics.median(a / b for a, b in zip(*times.values(), strict=True))
-        table.add_row(title, *columns, f"{ratio:.2f}", f"{num_tokens / statistics.median(times['cpu']):.0f}")
-    Console(width=140).print(table)
+        columns = []
+        for name in names:
+            shortest_s, median_s = min(times[name]), statistics.median(times[name])
+            columns += [f"{1e3 * shortest_s:.1f} / {1e3 * median_s:.1f}", f"{num_tokens / median_s:.0f}"]
+        columns += [
+            f"{statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)):.2f}" for a, b in ratios
+        ]
+        table.add_row(title, *columns)
+    Console(width=180).print(table)
 
 
 def main() -> None:
@@ -70,11 +85,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--ranks", nargs="+", choices=list(_RANKS), default=list(_RANKS), help="which are compared")
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     arguments = parser.parse_args()
-    options = replace(rank_options(arguments.folder, arguments.threads), host_memory_bytes=-1)
+    options = replace(rank_options(arguments.folder, arguments.threads), host_memory_bytes=-1, dtype=arguments.dtype)
     become_rank("bros_benchmarks.kernels", options)
-    print_table(measure(options, arguments.rounds))
+    print_table(measure(options, arguments.ranks, arguments.rounds))
 
 
 if __name__ == "__main__":

@@ -13,14 +13,17 @@ from torch import Tensor
 
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.cpu_kernels import CpuKernels
+from bros_kernels.fused_layer import FusedLayer
 from bros_kernels.linear import Activation, Linear, RMSNorm
 from bros_kernels.native import NativeLibraryError, load_library
-from bros_kernels.paged_attention import PagedAttention
+from bros_kernels.paged_attention import AttentionLayer, PagedAttention
 from bros_kernels.torch_kernels import TorchKernels
 
 log = structlog.get_logger()
 
 NAMES: Final = ("auto", "cpu", "torch")
+#: What the C kernels compute in.
+_CPU_DTYPES: Final = (torch.bfloat16, torch.float32)
 
 
 class Kernels(Protocol):
@@ -31,13 +34,16 @@ class Kernels(Protocol):
     def attention(self, meta: AttnMeta) -> PagedAttention:
         """The attention of one step."""
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
+    def linear(
+        self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None, is_exact: bool = False
+    ) -> Linear:
         """A product with a weight that never changes. The weight may be freed: the function keeps what it needs.
 
         Args:
             weight: (out_features, in_features).
             bias: (out_features), or None.
             norm: of the inputs, or None.
+            is_exact: the weight is not rounded to int8 where others are.
         """
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None) -> Linear:
@@ -46,6 +52,11 @@ class Kernels(Protocol):
         Args:
             weight: (2 * out_features, in_features): the rows of gate, then those of up; `bias` alike.
         """
+
+    def fuse_layer(
+        self, layer: AttentionLayer, qkv: Linear, output: Linear, gated: Linear, down: Linear
+    ) -> FusedLayer | None:
+        """A layer of these attention and products, which these kernels made, in one call; None: there is none."""
 
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """norm(x), of (rows, size). Contiguous."""
@@ -65,11 +76,16 @@ class UnknownKernelsError(Exception):
     """No kernels have this name, or they do not run here."""
 
 
-def select_kernels(name: str, device: torch.device, dtype: torch.dtype, num_threads: int) -> Kernels:
+def select_kernels(
+    name: str, device: torch.device, dtype: torch.dtype, num_threads: int, has_int8_weights: bool = False
+) -> Kernels:
     """The kernels called `name`, or the fastest that run here where the name is `auto`.
 
     They have `num_threads` threads of the CPU; PyTorch has as many, or one beside kernels that have their own: threads
     of two pools would wait for work on the same cores.
+
+    Args:
+        has_int8_weights: weights, and inputs of products, are rounded to int8 (`bros_kernels.int8`).
 
     Raises:
         UnknownKernelsError: nothing has this name, or it does not run here.
@@ -77,16 +93,21 @@ def select_kernels(name: str, device: torch.device, dtype: torch.dtype, num_thre
     torch.set_num_threads(num_threads)
     if name not in NAMES:
         raise UnknownKernelsError(f"no kernels are called {name!r}: there are {', '.join(NAMES)}")
-    if name == "torch" or (name == "auto" and (device.type != "cpu" or dtype != torch.bfloat16)):
-        return TorchKernels(dtype)
-    if device.type != "cpu" or dtype != torch.bfloat16:
-        raise UnknownKernelsError(f"the cpu kernels compute in bfloat16 on the CPU, not in {dtype} on {device.type}")
+    if has_int8_weights and device.type != "cpu":
+        raise UnknownKernelsError(f"int8 weights are for the CPU, not for {device.type}")
+    is_possible = device.type == "cpu" and dtype in _CPU_DTYPES
+    if name == "torch" or (name == "auto" and not is_possible):
+        return TorchKernels(dtype, has_int8_weights)
+    if not is_possible:
+        raise UnknownKernelsError(
+            f"the cpu kernels compute in bfloat16 and float32 on the CPU, not in {dtype} on {device.type}"
+        )
     try:
-        kernels = CpuKernels(load_library(num_threads))
+        kernels = CpuKernels(load_library(num_threads), dtype, has_int8_weights)
         torch.set_num_threads(1)
         return kernels
     except NativeLibraryError as error:
         if name == "cpu":
             raise UnknownKernelsError(f"the cpu kernels do not run here: {error}") from None
         log.warning("running on PyTorch's kernels, which are slower", reason=str(error))
-        return TorchKernels(dtype)
+        return TorchKernels(dtype, has_int8_weights)

@@ -41,3 +41,14 @@ class Linear(Protocol):
         Returns:
             (rows, out_features), contiguous; new.
         """
+
+
+def gated(gate_up: Linear, activation: Activation) -> Linear:
+    """The function activation(gate(x)) * up(x), of one product: the features of gate, then those of up."""
+
+    def multiply(x: Tensor, residual: Tensor | None = None) -> Tensor:
+        assert residual is None
+        gate, up = gate_up(x).chunk(2, -1)
+        return activation(gate).mul_(up)
+
+    return multiply

@@ -26,13 +26,18 @@ _FUNCTIONS: Final = {
         c_void_p,
         c_void_p,
     ),  # linear, x, x_stride, m, residual, out
-    "bros_rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
-    "bros_most_likely": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p),
+    "bros_rms_norm": (c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32, c_void_p),
+    "bros_most_likely": (c_void_p, c_int64, c_int64, c_int64, c_int32, c_void_p, c_void_p),
     "bros_attend": (
         *(c_void_p,) * 5,
         c_int64,
         *(c_void_p,) * 3,
     ),  # step, attention, qkv, cos, sin, rotary_dim, k, v, out
+    "bros_run_layer": (
+        *(c_void_p,) * 5,
+        c_int64,
+        *(c_void_p,) * 2,
+    ),  # layer, step, hidden, cos, sin, rotary_dim, k, v
 }
 
 
@@ -53,8 +58,10 @@ class CLinear(ctypes.Structure):
         ("packed", c_void_p),
         ("n", c_int64),
         ("k", c_int64),
+        ("scales", c_void_p),
         ("bias", c_void_p),
         ("norm", CNorm),
+        ("dtype", c_int32),
         ("epilogue", c_int32),
     )
 
@@ -67,6 +74,9 @@ class CStep(ctypes.Structure):
         ("slots", c_void_p),
         ("queries", c_void_p),
         ("num_queries", c_int64),
+        ("splits", c_void_p),
+        ("num_splits", c_int64),
+        ("num_part_rows", c_int64),
         ("block_table", c_void_p),
         ("table_width", c_int64),
         ("block_size", c_int64),
@@ -85,6 +95,19 @@ class CAttention(ctypes.Structure):
         ("k_norm", CNorm),
         ("scale", c_float),
         ("softcap", c_float),
+        ("dtype", c_int32),
+    )
+
+
+class CLayer(ctypes.Structure):
+    """`struct bros_layer` of `native/layer.h`."""
+
+    _fields_ = (
+        ("attention", c_void_p),
+        ("qkv", c_void_p),
+        ("output", c_void_p),
+        ("gated", c_void_p),
+        ("down", c_void_p),
     )
 
 
@@ -95,7 +118,7 @@ def _library() -> ctypes.CDLL:
     library = ctypes.CDLL(str(LIBRARY))
     library.bros_is_supported.restype = c_int
     if not library.bros_is_supported():
-        raise NativeLibraryError("this processor has no AVX-512 with bfloat16 products")
+        raise NativeLibraryError("this processor has no AVX-512 with products of bfloat16 and int8")
     for name, argument_types in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes = argument_types

@@ -7,9 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
-from bros_kernels.linear import Activation, Linear, RMSNorm
+from bros_kernels.fused_layer import FusedLayer
+from bros_kernels.int8 import Int8Weight
+from bros_kernels.linear import Activation, Linear, RMSNorm, gated
 from bros_kernels.onednn import packed_linear
-from bros_kernels.paged_attention import PagedAttention
+from bros_kernels.paged_attention import AttentionLayer, PagedAttention
 from bros_kernels.reference_attention import ReferenceAttention
 
 
@@ -18,15 +20,20 @@ class TorchKernels:
 
     name = "torch"
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, has_int8_weights: bool = False) -> None:
         self._dtype = dtype
+        self._has_int8_weights = has_int8_weights
 
     def attention(self, meta: AttnMeta) -> PagedAttention:
         """See `Kernels.attention`."""
         return ReferenceAttention(meta, self._dtype)
 
-    def linear(self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None) -> Linear:
+    def linear(
+        self, weight: Tensor, bias: Tensor | None = None, norm: RMSNorm | None = None, is_exact: bool = False
+    ) -> Linear:
         """See `Kernels.linear`."""
+        if self._has_int8_weights and not is_exact:
+            return self._int8_linear(Int8Weight.of(weight), None if bias is None else bias.float(), norm)
         multiply = None
         if weight.device.type == "cpu" and weight.dtype == torch.bfloat16:
             multiply = packed_linear(weight, bias)
@@ -41,16 +48,22 @@ class TorchKernels:
 
         return linear
 
+    def _int8_linear(self, weight: Int8Weight, bias: Tensor | None, norm: RMSNorm | None) -> Linear:
+        def linear(x: Tensor, residual: Tensor | None = None) -> Tensor:
+            product = weight.multiply(x if norm is None else norm(x), bias)
+            return (product if residual is None else product.add_(residual)).to(self._dtype)
+
+        return linear
+
     def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None) -> Linear:
         """See `Kernels.gated_linear`."""
-        gate_up = self.linear(weight, bias, norm)
+        return gated(self.linear(weight, bias, norm), activation)
 
-        def gated(x: Tensor, residual: Tensor | None = None) -> Tensor:
-            assert residual is None
-            gate, up = gate_up(x).chunk(2, -1)
-            return activation(gate).mul_(up)
-
-        return gated
+    def fuse_layer(
+        self, layer: AttentionLayer, qkv: Linear, output: Linear, gated: Linear, down: Linear
+    ) -> FusedLayer | None:
+        """See `Kernels.fuse_layer`."""
+        return None
 
     def rms_norm(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """See `Kernels.rms_norm`."""

@@ -29,12 +29,14 @@ def select(name: str, dtype: torch.dtype) -> Kernels:
     return select_kernels(name, CPU, dtype, num_threads=2)
 
 
-@pytest.fixture(params=["torch", "cpu"])
+@pytest.fixture(params=["torch", "cpu", "cpu-float32"])
 def kind(request: pytest.FixtureRequest) -> tuple[Kernels, torch.dtype, int]:
     """Kernels, and dtype and size of heads that they compute themselves."""
     if request.param == "torch":
         return select("torch", torch.float32), torch.float32, 16
-    return request.getfixturevalue("cpu_kernels"), torch.bfloat16, 32
+    if request.param == "cpu":
+        return request.getfixturevalue("cpu_kernels"), torch.bfloat16, 32
+    return request.getfixturevalue("cpu_float32_kernels"), torch.float32, 16
 
 
 @dataclass(frozen=True)
@@ -189,9 +191,13 @@ def test_edges_of_blocks(kind: tuple[Kernels, torch.dtype, int], block_size: int
     assert_right(run(kernels, case, directions), case)
 
 
-@pytest.mark.parametrize("head_dim", [48, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [5, 18, 48, 64, 96, 128, 256, 258])
 @pytest.mark.parametrize("group", [1, 3, 4, 8, 49])
-@pytest.mark.parametrize("name_and_dtype", [*(("torch", dtype) for dtype in TOLERANCE), ("auto", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "name_and_dtype",
+    [*(("torch", dtype) for dtype in TOLERANCE), ("auto", torch.bfloat16), ("auto", torch.float32)],
+    ids=str,
+)
 def test_dtypes_and_head_shapes(name_and_dtype: tuple[str, torch.dtype], group: int, head_dim: int) -> None:
     name, dtype = name_and_dtype
     lengths = [(1, 1), (33, 1), (55, 1), (40, 40), (29, 6)]
@@ -226,6 +232,15 @@ def test_decodes_of_very_different_length(kind: tuple[Kernels, torch.dtype, int]
     assert_right(run(kernels, case, "±"), case)
 
 
+@pytest.mark.parametrize("window", [None, 100, 700])
+def test_contexts_of_several_spans(kind: tuple[Kernels, torch.dtype, int], window: int | None) -> None:
+    """Decodes and short chunks, whose keys are shared out, beside a chunk that one thread takes from end to end."""
+    kernels, dtype, head_dim = kind
+    lengths = [(511, 1), (512, 1), (513, 1), (1024, 1), (1500, 1), (1100, 7), (1300, 200), (514, 3)]
+    case = make_case(lengths, block_size=64, group=3, head_dim=head_dim, dtype=dtype)
+    assert_right(run(kernels, case, "±", window=window), case, window=window)
+
+
 def test_scores_that_differ_by_orders_of_magnitude(kind: tuple[Kernels, torch.dtype, int]) -> None:
     kernels, dtype, head_dim = kind
     case = make_case([(200, 1), (90, 90)], head_dim=head_dim, dtype=dtype)
@@ -235,7 +250,9 @@ def test_scores_that_differ_by_orders_of_magnitude(kind: tuple[Kernels, torch.dt
 @pytest.mark.parametrize("norm_offset", [None, 0.0, 1.0])
 @pytest.mark.parametrize("rotary_share", [0.0, 0.25, 0.5, 1.0])
 @pytest.mark.parametrize("head_dim", [16, 32, 96])
-@pytest.mark.parametrize("name_and_dtype", [("torch", torch.float32), ("auto", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "name_and_dtype", [("torch", torch.float32), ("auto", torch.float32), ("auto", torch.bfloat16)], ids=str
+)
 def test_queries_and_keys_are_normalised_then_rotated(
     name_and_dtype: tuple[str, torch.dtype], head_dim: int, rotary_share: float, norm_offset: float | None
 ) -> None:
@@ -310,7 +327,9 @@ def test_nan_of_a_key_or_value_reaches_those_who_see_it_and_nobody_else(
 steps_of_sequences = st.lists(st.tuples(st.integers(0, 150), st.integers(1, 40)), min_size=1, max_size=6)
 
 
-@pytest.mark.parametrize("name_and_dtype", [("torch", torch.float32), ("auto", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "name_and_dtype", [("torch", torch.float32), ("auto", torch.float32), ("auto", torch.bfloat16)], ids=str
+)
 @settings(deadline=None, max_examples=60)
 @given(
     past_and_new=steps_of_sequences,
@@ -336,34 +355,39 @@ def test_any_step_is_right_and_bit_equal_in_all_directions(
         assert torch.equal(run(kernels, case, directions, window=window, softcap=softcap, seed=seed), forward)
 
 
-@settings(deadline=None, max_examples=60)
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@settings(deadline=None, max_examples=80)
 @given(
-    past_and_new=steps_of_sequences,
-    window=st.sampled_from([None, 3, 70]),
+    past_and_new=st.lists(
+        st.tuples(st.one_of(st.integers(0, 150), st.integers(450, 1100)), st.integers(1, 40)), min_size=1, max_size=6
+    ),
+    window=st.sampled_from([None, 3, 70, 600]),
     softcap=st.sampled_from([None, 1.0]),
     chosen=st.integers(0, 5),
     part=st.integers(1, 40),
 )
 def test_tokens_are_bit_equal_alone_in_any_batch_and_in_any_chunk(
-    cpu_kernels: Kernels,
+    dtype: torch.dtype,
     past_and_new: list[tuple[int, int]],
     window: int | None,
     softcap: float | None,
     chosen: int,
     part: int,
 ) -> None:
-    together = make_case([(past + new, new) for past, new in past_and_new], group=3, head_dim=32, dtype=torch.bfloat16)
+    kernels = select("cpu", dtype)
+    together = make_case([(past + new, new) for past, new in past_and_new], group=3, head_dim=32, dtype=dtype)
     chosen %= len(together.lengths)
     length, num_new = together.lengths[chosen]
     first = sum(n for _, n in together.lengths[:chosen])
-    expected = run(cpu_kernels, together, "+", window=window, softcap=softcap)[first : first + num_new]
+    expected = run(kernels, together, "+", window=window, softcap=softcap)[first : first + num_new]
     keys, values = together.keys[chosen], together.values[chosen]
     for start in range(0, num_new, part):
         stop = min(start + part, num_new)
         end = length - num_new + stop
         queries = together.queries[first + start : first + stop]
         alone = Case([(end, stop - start)], together.block_size, queries, [keys[:end]], [values[:end]])
-        assert torch.equal(run(cpu_kernels, alone, "-", window=window, softcap=softcap), expected[start:stop])
+        assert torch.equal(run(kernels, alone, "-", window=window, softcap=softcap), expected[start:stop])
 
 
 @settings(deadline=None)

@@ -22,11 +22,13 @@ from bros_kernels.torch_kernels import TorchKernels
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16, "cpu"], ids=str)
+@pytest.fixture(params=[torch.float32, torch.float16, torch.bfloat16, "cpu", "cpu-float32"], ids=str)
 def kind(request: pytest.FixtureRequest) -> tuple[Kernels, torch.dtype]:
     """Kernels and the dtype that they compute in."""
     if request.param == "cpu":
         return request.getfixturevalue("cpu_kernels"), torch.bfloat16
+    if request.param == "cpu-float32":
+        return request.getfixturevalue("cpu_float32_kernels"), torch.float32
     return select_kernels("torch", CPU, request.param, num_threads=2), request.param
 
 
@@ -101,6 +103,9 @@ def test_gated_product(
             assert_close(gated(x), activation(gate) * up)
 
 
+@pytest.mark.usefixtures("cpu_kernels")
+@pytest.mark.parametrize("has_int8_weights", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @settings(deadline=None, max_examples=40)
 @given(
     num_rows=st.integers(1, 250),
@@ -109,10 +114,16 @@ def test_gated_product(
     data=st.data(),
 )
 def test_row_of_a_product_is_bit_equal_in_any_batch(
-    cpu_kernels: Kernels, num_rows: int, out_features: int, half_in_features: int, data: st.DataObject
+    dtype: torch.dtype,
+    has_int8_weights: bool,
+    num_rows: int,
+    out_features: int,
+    half_in_features: int,
+    data: st.DataObject,
 ) -> None:
-    linear = cpu_kernels.linear(torch.randn(out_features, 2 * half_in_features).bfloat16())
-    x = torch.randn(num_rows, 2 * half_in_features).bfloat16()
+    kernels = select_kernels("cpu", CPU, dtype, 2, has_int8_weights)
+    linear = kernels.linear(torch.randn(out_features, 2 * half_in_features).to(dtype))
+    x = torch.randn(num_rows, 2 * half_in_features).to(dtype)
     start = data.draw(st.integers(0, num_rows - 1))
     stop = data.draw(st.integers(start + 1, num_rows))
     assert torch.equal(linear(x)[start:stop], linear(x[start:stop]))
@@ -180,18 +191,20 @@ def test_packed_weight_is_the_only_copy(name: str) -> None:
 
 
 def test_torch_computes_what_nothing_else_can() -> None:
-    for dtype in (torch.float32, torch.float16):
-        assert isinstance(select_kernels("auto", CPU, dtype, 1), TorchKernels)
+    assert isinstance(select_kernels("auto", CPU, torch.float16, 1), TorchKernels)
     assert isinstance(select_kernels("torch", CPU, torch.bfloat16, 1), TorchKernels)
     with pytest.raises(UnknownKernelsError, match="no kernels are called 'tritn': there are auto, cpu, torch"):
         select_kernels("tritn", CPU, torch.bfloat16, 1)
-    with pytest.raises(UnknownKernelsError, match=r"compute in bfloat16 on the CPU, not in torch\.float32 on cpu"):
-        select_kernels("cpu", CPU, torch.float32, 1)
+    with pytest.raises(UnknownKernelsError, match=r"compute in bfloat16 and float32 on the CPU, not in torch\.float16"):
+        select_kernels("cpu", CPU, torch.float16, 1)
+    with pytest.raises(UnknownKernelsError, match="int8 weights are for the CPU, not for cuda"):
+        select_kernels("auto", torch.device("cuda"), torch.bfloat16, 1, has_int8_weights=True)
 
 
 @pytest.mark.usefixtures("cpu_kernels")
 def test_kernels_with_threads_of_their_own_leave_torch_one() -> None:
-    assert isinstance(select_kernels("auto", CPU, torch.bfloat16, 2), CpuKernels)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert isinstance(select_kernels("auto", CPU, dtype, 2), CpuKernels)
     assert torch.get_num_threads() == 1
     select_kernels("torch", CPU, torch.bfloat16, 2)
     assert torch.get_num_threads() == 2

@@ -80,11 +80,24 @@ class ModelConfig:
         choices=("auto", "float16", "bfloat16", "float32"),
         default_text="as the checkpoint says",
     )
+    quantize: str | None = flag(
+        None,
+        "int8: weights, and inputs of their products, have 8 bits, on a CPU (ours; TGI's methods are refused).",
+        default_text="as --dtype says",
+    )
     tokenizer_config_path: Path | None = flag(
         None, "File that replaces the model's tokenizer_config.json (chat template)."
     )
     rope_scaling: str | None = flag(None, "Rotary scaling that overrides the model's.", choices=("linear", "dynamic"))
     rope_factor: float | None = flag(None, "Factor of the rotary scaling; alone, it means linear.", minimum=1.0)
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` for a method of TGI's that is not here."""
+        if self.quantize not in (None, "", "int8"):
+            raise ConfigError(
+                "--quantize is refused. Quantised checkpoints are not supported yet: serve the original model, with"
+                " --quantize int8 or --dtype bfloat16 to save memory."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -305,8 +318,8 @@ class RankConfig:
     )
     kernels: str = flag(
         "auto",
-        "What the model computes with; cpu: C kernels for bfloat16 on AVX-512, torch: PyTorch's, slower; auto: the "
-        "fastest that runs.",
+        "What the model computes with; cpu: C kernels for bfloat16 and float32 on AVX-512, torch: PyTorch's, slower; "
+        "auto: the fastest that runs.",
         choices=("auto", "cpu", "torch"),
         is_ours=True,
     )

@@ -31,6 +31,7 @@ def rank_options(
         device=ranks.device,
         dtype=model.dtype,
         kernels=ranks.kernels,
+        quantize=model.quantize or "",
         block_size=ranks.block_size,
         kv_memory_bytes=ranks.kv_cache_memory_bytes // ranks.num_shard,
         kv_slots_limit=ranks.kv_slots_limit,

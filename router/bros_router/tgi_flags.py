@@ -112,12 +112,6 @@ ACCEPTED: Final = (
 
 REFUSED: Final = (
     _foreign(
-        "quantize",
-        str,
-        "Quantisation method.",
-        "Quantised weights are not supported yet: serve the original model, with --dtype bfloat16 to save memory.",
-    ),
-    _foreign(
         "speculate",
         int,
         "Tokens to speculate on.",

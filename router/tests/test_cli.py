@@ -325,9 +325,16 @@ def test_flags_of_what_is_told_and_marked():
 
 
 def test_refusal_covers_the_environment_but_not_values_that_ask_for_nothing():
-    assert "--quantize is refused" in refuse(QUANTIZE="gptq")
+    assert "--quantize is refused. " in refuse(QUANTIZE="gptq")
     asked = parse("--speculate", "0", QUANTIZE="", ENABLE_PREFILL_LOGPROBS="false", NGROK="0", LORA_ADAPTERS="")
     assert asked.warnings == ()
+
+
+def test_int8_is_the_one_method_of_quantisation():
+    assert parse("--quantize", "int8").config.model.quantize == "int8"
+    assert not parse(QUANTIZE="").config.model.quantize
+    for method in ("bitsandbytes", "eetq", "gptq", "awq", "fp8", "INT8"):
+        assert "--quantize is refused. " in refuse("--quantize", method)
 
 
 @pytest.mark.parametrize(

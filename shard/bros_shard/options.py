@@ -32,6 +32,7 @@ class ShardOptions:
     device: str = _option("auto, cpu or cuda", "auto")
     dtype: str = _option("auto, float16, bfloat16 or float32", "auto")
     kernels: str = _option("auto, cpu or torch", "auto")
+    quantize: str = _option("int8; empty: weights are served as the dtype says", "")
     block_size: int = _option("slots in a KV block: a power of two from 16 to 256", 64)
     kv_memory_bytes: int = _option("bytes of this rank's KV region; 0: measure what is free", 0)
     kv_slots_limit: int = _option("most slots of the KV region; 0: no limit", 0)

@@ -87,7 +87,9 @@ class Worker:
         self._dtype = _dtype(options, config, self._device)
         num_cores = len(os.sched_getaffinity(0))
         self._num_threads = options.num_threads or max(1, num_cores // options.world_size)
-        self._kernels = select_kernels(options.kernels, self._device, self._dtype, self._num_threads)
+        self._kernels = select_kernels(
+            options.kernels, self._device, self._dtype, self._num_threads, has_int8_weights=options.quantize == "int8"
+        )
         self._parallel = ParallelGroup(options.rank, options.world_size, options.rendezvous, self._device.type)
         self._model = load_model(
             folder,
@@ -184,6 +186,7 @@ class Worker:
             "grid": str(GRID_VERSION),
             "config": hashlib.sha256((Path(options.model_path) / "config.json").read_bytes()).hexdigest(),
             "dtype": self.dtype_name,
+            "quantize": options.quantize,
             "device": self.device_name,
             "processor": processor_name(),
             "threads": str(self._num_threads),

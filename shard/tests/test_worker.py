@@ -120,11 +120,12 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
 @pytest.mark.parametrize("name", MODELS)
-def test_batch_of_ragged_prompts_equals_generate(name, reference, make_worker, scripted_router) -> None:
+def test_batch_of_ragged_prompts_equals_generate(name, kernels, reference, make_worker, scripted_router) -> None:
     expected = reference(name)
     assert all(len(set(output)) >= 8 for output in expected.outputs), "the model cannot tell right from wrong"
-    router = scripted_router(make_worker(expected.path))
+    router = scripted_router(make_worker(expected.path, kernels=kernels))
     for prompt in expected.prompts:
         router.add(prompt)
     assert router.run() == expected.outputs
@@ -206,12 +207,15 @@ def test_time_of_other_steps_does_not_count_for_the_step_that_they_interrupt(ref
     assert output.forward_s < 0.0  # it took less than what the others are said to have taken
 
 
+@pytest.mark.parametrize("quantize", ["", "int8"])
 @pytest.mark.parametrize("name", ["llama-head-dim", "qwen3-window-bias", "mixtral-window", "gemma2"])
-def test_cpu_kernels_give_the_same_tokens_alone_and_in_any_batch(name, reference, make_worker, scripted_router) -> None:
+def test_cpu_kernels_give_the_same_tokens_alone_and_in_any_batch(
+    name, quantize, reference, make_worker, scripted_router
+) -> None:
     """In bfloat16 they are not those of float32, but what runs beside a sequence changes no bit of it."""
     prompts = reference(name).prompts
     try:
-        worker = make_worker(reference(name).path, kernels="cpu", dtype="bfloat16")
+        worker = make_worker(reference(name).path, kernels="cpu", dtype="bfloat16", quantize=quantize)
     except UnknownKernelsError as error:
         pytest.skip(str(error))
     alone = []
@@ -271,6 +275,29 @@ def _run_ranks(options: ShardOptions, world_size: int, plans: list[StepPlan], fo
     assert [rank.returncode for rank in ranks] == [0] * world_size, errors
     outputs: dict[str, list[int]] = json.loads(results_path.read_text())
     return outputs
+
+
+@pytest.mark.parametrize("name", ["llama-biases", "qwen2-moe", "gemma2", "gpt2"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_int8_of_the_cpu_kernels_gives_the_tokens_of_pytorch(
+    name, world_size, reference, make_worker, scripted_router, tmp_path
+) -> None:
+    """In float32, so that nothing but the rounding to int8, which is exact, could tell them apart."""
+    outputs = []
+    for kernels in ("torch", "cpu"):
+        try:
+            worker = make_worker(reference(name).path, kernels=kernels, quantize="int8")
+        except UnknownKernelsError as error:
+            pytest.skip(str(error))
+        router = scripted_router(worker, chunk_size=24, shares_tails=True)
+        for index, prompt in enumerate(reference(name).prompts):
+            router.add(prompt, "forward" if index % 2 else "reversed")
+        outputs.append(router.run())
+        if world_size > 1:
+            ranks_outputs = _run_ranks(worker.options, world_size, router.plans, tmp_path)
+            outputs[-1] = [ranks_outputs[str(index)] for index in range(len(outputs[-1]))]
+    assert outputs[0] == outputs[1]
+    assert outputs[0] != reference(name).outputs, "int8 changed nothing"
 
 
 def test_ranks_agree_on_what_rank_0_remembers(reference, make_worker, tmp_path, cache_home) -> None:
@@ -334,7 +361,7 @@ def _forget_score_caps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_these_tests_notice_a_planted_fault(name, plant, reference, make_worker, scripted_router, monkeypatch) -> None:
     expected = reference(name)
     plant(monkeypatch)
-    router = scripted_router(make_worker(expected.path), chunk_size=16, shares_tails=True)
+    router = scripted_router(make_worker(expected.path, kernels="torch"), chunk_size=16, shares_tails=True)
     for index, prompt in enumerate(expected.prompts):
         router.add(prompt, "forward" if index % 2 else "reversed")
     outputs = None

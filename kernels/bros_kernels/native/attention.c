@@ -5,18 +5,20 @@
 
 #include "avx512.h"
 
-/* Keys of a tile: two panels. Scores of 48 rows and both packed panels of heads of 64 numbers take 34 KB of L2. */
+/* Keys of a tile: two panels. In bf16, scores of 48 rows and the packed panels of heads of 64 numbers take 34 KB of
+ * L2. */
 enum { TILE_KEYS = 64, GROUP_KEYS = 16 };
 
 struct attend_job {
     const struct bros_step *step;
     const struct bros_attention *attention;
-    uint16_t *qkv;
+    void *qkv;
     int64_t qkv_stride;
-    const uint16_t *cos, *sin;
+    const void *cos, *sin;
     int64_t rotary_dim;
-    uint16_t *k, *v;
-    uint16_t *out;
+    void *k, *v;
+    void *out;
+    float *parts; /* rows of each part of the sequences that are split, see `row_floats` */
     /* Scores are in units of log2(e), so that exp2 takes their exponential: query @ key * scale, or, where `cap` is not
      * 0, cap * tanh(query @ key * scale). */
     float scale, cap;
@@ -26,53 +28,70 @@ struct attend_job {
 enum { TILE_TOKENS = 8 };
 
 /* Turn the pairs (i, i + rotary_dim / 2) of one head by a position's angles. */
-AVX512_INLINE void rotate(uint16_t *x, int64_t rotary_dim, const uint16_t *cos, const uint16_t *sin)
+AVX512_INLINE void rotate(void *x, int64_t rotary_dim, const void *cos, const void *sin, const int dtype)
 {
     const int64_t half = rotary_dim / 2;
     for (int64_t d = 0; d < half; d += 16) {
         const __mmask16 lanes = lanes_below(half - d);
-        __m512 low = load_bf16(x + d, lanes), high = load_bf16(x + half + d, lanes);
-        __m512 new_low = _mm512_mul_ps(low, load_bf16(cos + d, lanes));
-        __m512 new_high = _mm512_mul_ps(high, load_bf16(cos + half + d, lanes));
-        store_bf16(x + d, _mm512_fmadd_ps(high, load_bf16(sin + d, lanes), new_low), lanes);
-        store_bf16(x + half + d, _mm512_fmadd_ps(low, load_bf16(sin + half + d, lanes), new_high), lanes);
+        __m512 low = load_numbers(x, d, lanes, dtype), high = load_numbers(x, half + d, lanes, dtype);
+        __m512 new_low = _mm512_mul_ps(low, load_numbers(cos, d, lanes, dtype));
+        __m512 new_high = _mm512_mul_ps(high, load_numbers(cos, half + d, lanes, dtype));
+        new_low = _mm512_fmadd_ps(high, load_numbers(sin, d, lanes, dtype), new_low);
+        new_high = _mm512_fmadd_ps(low, load_numbers(sin, half + d, lanes, dtype), new_high);
+        store_numbers(x, d, new_low, lanes, dtype);
+        store_numbers(x, half + d, new_high, lanes, dtype);
     }
 }
 
-/* Queries and keys as they are attended to; keys and values in their slots. */
-AVX512BF16 static void prepare_tile(const void *argument, int64_t tile)
+/* One token's queries and keys as they are attended to; its keys and values in their slots. */
+AVX512_INLINE void prepare(const struct attend_job *job, int64_t token, const int dtype)
+{
+    const struct bros_attention *attention = job->attention;
+    const int64_t num_heads = attention->num_heads, head_dim = attention->head_dim;
+    const int64_t num_rotated = num_heads + attention->num_kv_heads, row = attention->num_kv_heads * head_dim;
+    const int64_t angles = token * job->rotary_dim, slot = job->step->slots[token] * row;
+    void *x = number_at(job->qkv, token * job->qkv_stride, dtype);
+    for (int64_t index = 0; index < num_rotated; index++) {
+        const struct bros_norm *norm = index < num_heads ? &attention->q_norm : &attention->k_norm;
+        void *head = number_at(x, index * head_dim, dtype);
+        if (norm->weight)
+            normalise(head, head_dim, norm, head, dtype);
+        if (job->cos)
+            rotate(head, job->rotary_dim, number_at(job->cos, angles, dtype), number_at(job->sin, angles, dtype),
+                   dtype);
+    }
+    size_t row_bytes = (size_t)(row * number_bytes(dtype));
+    memcpy(number_at(job->k, slot, dtype), number_at(x, num_heads * head_dim, dtype), row_bytes);
+    memcpy(number_at(job->v, slot, dtype), number_at(x, num_rotated * head_dim, dtype), row_bytes);
+}
+
+#define PREPARE(DTYPE) prepare(job, token, DTYPE)
+
+AVX512 static void prepare_tile(const void *argument, int64_t tile)
 {
     const struct attend_job *job = argument;
-    const struct bros_attention *attention = job->attention;
-    const int64_t num_heads = attention->num_heads, head_dim = attention->head_dim, rotary_dim = job->rotary_dim;
-    const int64_t num_rotated = num_heads + attention->num_kv_heads, row = attention->num_kv_heads * head_dim;
     int64_t stop = (tile + 1) * TILE_TOKENS < job->step->num_tokens ? (tile + 1) * TILE_TOKENS : job->step->num_tokens;
-    for (int64_t token = tile * TILE_TOKENS; token < stop; token++) {
-        uint16_t *x = job->qkv + token * job->qkv_stride;
-        for (int64_t head = 0; head < num_rotated; head++) {
-            const struct bros_norm *norm = head < num_heads ? &attention->q_norm : &attention->k_norm;
-            if (norm->weight)
-                normalise(x + head * head_dim, head_dim, norm, x + head * head_dim);
-            if (job->cos)
-                rotate(x + head * head_dim, rotary_dim, job->cos + token * rotary_dim, job->sin + token * rotary_dim);
-        }
-        size_t row_bytes = (size_t)row * sizeof *x;
-        memcpy(job->k + job->step->slots[token] * row, x + num_heads * head_dim, row_bytes);
-        memcpy(job->v + job->step->slots[token] * row, x + num_rotated * head_dim, row_bytes);
-    }
+    for (int64_t token = tile * TILE_TOKENS; token < stop; token++)
+        FOR_DTYPE(job->attention->dtype, PREPARE)
 }
+
+/* The softmax of a row so far, and the values that it weighs: row_floats(head_dim) floats, aligned to 64 bytes.
+ *
+ *     | 0 .. 15: sums of the weights, by lane | 16: maximum of the scores | 17: what the tile before is scaled by |
+ *     | 32 ..: sums of weight * value, filled up to whole panels | */
+enum { MAXIMUM = 16, RESCALE = 17, SUMS = 32, MAX_ROW_FLOATS = SUMS + BROS_MAX_HEAD_DIM };
+
+static int64_t padded_dim(int64_t head_dim) { return (head_dim + PANEL - 1) / PANEL * PANEL; }
+static int64_t row_floats(int64_t head_dim) { return SUMS + padded_dim(head_dim); }
 
 /* What one thread needs for one `bros_queries` and key head. Rows are (token, head of the group). */
 struct scratch {
-    _Alignas(64) uint16_t keys[TILE_KEYS * BROS_MAX_HEAD_DIM];   /* panels of 32 keys: (2, head_dim / 2, 32, 2) */
-    _Alignas(64) uint16_t values[TILE_KEYS * BROS_MAX_HEAD_DIM]; /* panels of 32 numbers: (head_dim / 32, 32, 32, 2) */
-    _Alignas(64) uint16_t q[BROS_MAX_QUERY_ROWS * BROS_MAX_HEAD_DIM];
+    _Alignas(64) char keys[TILE_KEYS * BROS_MAX_HEAD_DIM * sizeof(float)];   /* panels of 32 keys: (2, units, 32) */
+    _Alignas(64) char values[TILE_KEYS * BROS_MAX_HEAD_DIM * sizeof(float)]; /* panels of 32 numbers, units of keys */
+    _Alignas(64) char q[BROS_MAX_QUERY_ROWS * BROS_MAX_HEAD_DIM * sizeof(float)];
     _Alignas(64) float scores[BROS_MAX_QUERY_ROWS][TILE_KEYS];
-    _Alignas(64) uint16_t weights[BROS_MAX_QUERY_ROWS][TILE_KEYS];
-    _Alignas(64) float sums[BROS_MAX_QUERY_ROWS * BROS_MAX_HEAD_DIM];
-    _Alignas(64) float totals[BROS_MAX_QUERY_ROWS][16]; /* of the weights, by lane */
-    float maxima[BROS_MAX_QUERY_ROWS];
-    float rescale[BROS_MAX_QUERY_ROWS];
+    _Alignas(64) char weights[BROS_MAX_QUERY_ROWS * TILE_KEYS * sizeof(float)];
+    _Alignas(64) float spans[2][BROS_MAX_QUERY_ROWS * MAX_ROW_FLOATS]; /* rows of the spans so far, and of one */
 };
 
 /* out[i][j] = in[j][i], of 16 x 16 numbers of 32 bits; rows of `out` are out_stride bytes apart. */
@@ -115,188 +134,307 @@ static struct group locate(const struct attend_job *job, const int32_t *entries,
     return (struct group){slot * row + kv_head * job->attention->head_dim, entry >= 0 ? row : -row};
 }
 
-/* Fetch what a tile that begins at `start` reads of `region`: at most TILE_KEYS keys, those before `stop`. */
-AVX512_INLINE void prefetch(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t stop,
-                            int64_t kv_head, const uint16_t *region)
+/* Fetch the 16 keys of `region` from `position`, where that is before `stop`. */
+AVX512_INLINE void prefetch(const struct attend_job *job, const int32_t *entries, int64_t position, int64_t stop,
+                            int64_t kv_head, const void *region, const int dtype)
 {
-    for (int64_t position = start; position < stop && position < start + TILE_KEYS; position += GROUP_KEYS) {
-        struct group group = locate(job, entries, position, kv_head);
-        for (int i = 0; i < GROUP_KEYS; i++)
-            for (int64_t d = 0; d < job->attention->head_dim; d += 32)
-                _mm_prefetch(region + group.first + i * group.step + d, _MM_HINT_T1);
-    }
+    if (position >= stop)
+        return;
+    const int64_t head_bytes = job->attention->head_dim * number_bytes(dtype);
+    const struct group group = locate(job, entries, position, kv_head);
+    const char *key = number_at(region, group.first, dtype);
+    for (int i = 0; i < GROUP_KEYS; i++, key += group.step * number_bytes(dtype))
+        for (int64_t byte = 0; byte < head_bytes; byte += 64)
+            _mm_prefetch(key + byte, _MM_HINT_T1);
 }
 
-/* Lay keys [start, start + count) out as panels of 32 keys. Those beyond `count` hold anything. */
-AVX512_INLINE void pack_keys(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t count,
-                             int64_t kv_head, uint16_t *panels)
+/* Units of a key that lie in the panels: a multiple of 16. */
+static int64_t padded_units(int64_t head_dim, int dtype)
 {
+    return (head_dim * number_bytes(dtype) / UNIT_BYTES + 15) / 16 * 16;
+}
+
+/* Lay keys [start, start + count) out as panels of 32 keys; those beyond `count` hold anything. Meanwhile fetch the
+ * tile after it, up to `stop`: a few lines at a time, since more than the core can wait for at once would stop it. */
+AVX512_INLINE void pack_keys(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t count,
+                             int64_t stop, int64_t kv_head, char *panels, const int dtype)
+{
+    const int64_t num_units = job->attention->head_dim * number_bytes(dtype) / UNIT_BYTES;
+    const int64_t panel_bytes = padded_units(job->attention->head_dim, dtype) * PANEL_UNIT_BYTES;
     for (int64_t done = 0; done < count; done += GROUP_KEYS) {
-        struct group group = locate(job, entries, start + done, kv_head);
-        const uint16_t *k = job->k + group.first;
-        char *panel = (char *)(panels + done / PANEL * PANEL * job->attention->head_dim) + done % PANEL * 4;
-        for (int64_t d = 0; d < job->attention->head_dim; d += 32) {
+        prefetch(job, entries, start + done + TILE_KEYS, stop, kv_head, job->k, dtype);
+        const struct group group = locate(job, entries, start + done, kv_head);
+        const char *keys = number_at(job->k, group.first, dtype);
+        const int64_t key_bytes = group.step * number_bytes(dtype);
+        char *panel = panels + done / PANEL * panel_bytes + done % PANEL * UNIT_BYTES;
+        for (int64_t at = 0; at < num_units; at += 16) {
+            const __mmask16 lanes = lanes_below(num_units - at);
             __m512i rows[16];
             for (int i = 0; i < 16; i++)
-                rows[i] = _mm512_loadu_si512(k + i * group.step + d);
-            transpose_16x16(rows, panel + d / 2 * 4 * PANEL, 4 * PANEL);
+                rows[i] = _mm512_maskz_loadu_epi32(lanes, keys + i * key_bytes + at * UNIT_BYTES);
+            transpose_16x16(rows, panel + at * PANEL_UNIT_BYTES, PANEL_UNIT_BYTES);
         }
     }
 }
 
-/* Lay values [start, start + count) out as panels of 32 numbers, keys in pairs; an odd one is paired with zeros. */
-AVX512_INLINE void pack_values(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t count,
-                               int64_t kv_head, uint16_t *panels)
+/* Of two values in bf16, 32 numbers each: those of the same place side by side, for 16 places from `first`. */
+AVX512_INLINE __m512i interleave(__m512i even, __m512i odd, const int first)
 {
-    static const uint16_t lower[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                       8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i left = _mm512_loadu_si512(lower), right = _mm512_add_epi16(left, _mm512_set1_epi16(16));
+    const __m512i places = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return _mm512_permutex2var_epi16(even, _mm512_add_epi16(places, _mm512_set1_epi16((short)first)), odd);
+}
+
+/* Lay values [start, start + count) out as panels of 32 numbers, in bf16 keys in pairs, of which an odd one is paired
+ * with zeros. Meanwhile fetch the tile after it, up to `stop`. */
+AVX512_INLINE void pack_values(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t count,
+                               int64_t stop, int64_t kv_head, char *panels, const int dtype)
+{
+    const int64_t head_dim = job->attention->head_dim, unit_keys = UNIT_BYTES / number_bytes(dtype);
+    const int64_t panel_bytes = TILE_KEYS / unit_keys * PANEL_UNIT_BYTES;
     for (int64_t done = 0; done < count; done += GROUP_KEYS) {
-        struct group group = locate(job, entries, start + done, kv_head);
-        const uint16_t *v = job->v + group.first;
-        int64_t stop = count - done < GROUP_KEYS ? count - done : GROUP_KEYS;
-        for (int64_t i = 0; i < stop; i += 2)
-            for (int64_t d = 0; d < job->attention->head_dim; d += PANEL) {
-                __m512i even = _mm512_loadu_si512(v + i * group.step + d);
-                __m512i odd = i + 1 < stop ? _mm512_loadu_si512(v + (i + 1) * group.step + d) : _mm512_setzero_si512();
-                uint16_t *pair = panels + d * TILE_KEYS + (done + i) * PANEL;
-                _mm512_store_si512(pair, _mm512_permutex2var_epi16(even, left, odd));
-                _mm512_store_si512(pair + 32, _mm512_permutex2var_epi16(even, right, odd));
+        prefetch(job, entries, start + done + TILE_KEYS, stop, kv_head, job->v, dtype);
+        const struct group group = locate(job, entries, start + done, kv_head);
+        const char *values = number_at(job->v, group.first, dtype);
+        const int64_t key_bytes = group.step * number_bytes(dtype);
+        const int64_t num_keys = count - done < GROUP_KEYS ? count - done : GROUP_KEYS;
+        for (int64_t d = 0; d < head_dim; d += PANEL) {
+            const __mmask16 lower = lanes_below(head_dim - d), upper = lanes_below(head_dim - d - 16);
+            const __mmask32 lanes = (__mmask32)upper << 16 | lower;
+            char *unit = panels + d / PANEL * panel_bytes + done / unit_keys * PANEL_UNIT_BYTES;
+            for (int64_t i = 0; i < num_keys; i += unit_keys, unit += PANEL_UNIT_BYTES) {
+                const char *value = values + i * key_bytes + d * number_bytes(dtype);
+                if (dtype == BROS_FLOAT32) {
+                    _mm512_store_ps(unit, load_numbers(value, 0, lower, dtype));
+                    _mm512_store_ps(unit + 64, load_numbers(value, 16, upper, dtype));
+                } else {
+                    __m512i even = _mm512_maskz_loadu_epi16(lanes, value);
+                    __m512i odd = _mm512_maskz_loadu_epi16(i + 1 < num_keys ? lanes : 0, value + key_bytes);
+                    _mm512_store_si512(unit, interleave(even, odd, 0));
+                    _mm512_store_si512(unit + 64, interleave(even, odd, 16));
+                }
             }
+        }
     }
 }
 
+static int unit_of(int dtype) { return dtype == BROS_BF16 ? BF16_PAIR : FLOAT32_ONE; }
+
 /* scores = q @ keys, of `rows` rows from `row` and one panel of keys. */
-AVX512_INLINE void score(struct scratch *scratch, int64_t head_dim, int64_t row, int64_t first_key, const int rows)
+AVX512_INLINE void score(struct scratch *scratch, int64_t head_dim, int64_t row, int64_t first_key, const int rows,
+                         const int dtype)
 {
+    const int64_t q_stride = head_dim * number_bytes(dtype);
     __m512 sums[MAX_ROWS][2];
     for (int r = 0; r < rows; r++)
         sums[r][0] = sums[r][1] = _mm512_setzero_ps();
-    multiply_panel(sums, rows, scratch->q + row * head_dim, head_dim, scratch->keys + first_key * head_dim,
-                   head_dim / 2, NULL, 0);
+    multiply_panel(sums, rows, scratch->q + row * q_stride, q_stride,
+                   scratch->keys + first_key * padded_units(head_dim, dtype) * UNIT_BYTES, q_stride / UNIT_BYTES, NULL,
+                   0, unit_of(dtype));
     for (int r = 0; r < rows; r++) {
         _mm512_store_ps(&scratch->scores[row + r][first_key], sums[r][0]);
         _mm512_store_ps(&scratch->scores[row + r][first_key + 16], sums[r][1]);
     }
 }
 
-/* The weights of a row's keys, of which it sees [first, stop) of this tile: exp2(score - maximum so far), in bf16. */
-AVX512_INLINE void weigh(const struct attend_job *job, struct scratch *scratch, int64_t row, int64_t first,
-                         int64_t stop)
+/* What exp2 takes the place of a score by: the maximum, or 0 where there is no score, or none but NaN. */
+static inline float shift_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
+
+/* What brings numbers relative to the maximum `old` to `maximum`. */
+AVX512_INLINE float rescale_of(float old, float maximum)
+{
+    return _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(old - shift_of(maximum))));
+}
+
+/* The weights of a row's keys, of which it sees [first, stop) of this tile: exp2(score - maximum so far). */
+AVX512_INLINE void weigh(const struct attend_job *job, const float scores[TILE_KEYS], char *weights, float *row,
+                         int64_t first, int64_t stop, const int dtype)
 {
     const __m512 nothing = _mm512_set1_ps(-INFINITY);
-    __m512 scores[TILE_KEYS / 16], largest = nothing;
+    __m512 seen[TILE_KEYS / 16], largest = nothing;
     for (int i = 0; i < TILE_KEYS / 16; i++) {
         __mmask16 is_seen = lanes_below(stop - 16 * i) & ~lanes_below(first - 16 * i);
-        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(&scratch->scores[row][16 * i]), _mm512_set1_ps(job->scale));
+        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(scores + 16 * i), _mm512_set1_ps(job->scale));
         if (job->cap != 0.0f)
             scaled = _mm512_mul_ps(tanh_ps(scaled), _mm512_set1_ps(job->cap));
-        scores[i] = _mm512_mask_mov_ps(nothing, is_seen, scaled);
-        largest = _mm512_max_ps(largest, scores[i]);
+        seen[i] = _mm512_mask_mov_ps(nothing, is_seen, scaled);
+        largest = _mm512_max_ps(largest, seen[i]);
     }
-    float old = scratch->maxima[row], maximum = fmaxf(old, _mm512_reduce_max_ps(largest));
-    if (maximum == -INFINITY) { /* no key seen yet */
-        scratch->rescale[row] = 0.0f;
-        memset(scratch->weights[row], 0, sizeof scratch->weights[row]);
-        return;
-    }
-    __m512 shift = _mm512_set1_ps(maximum), total = _mm512_setzero_ps();
+    float maximum = fmaxf(row[MAXIMUM], _mm512_reduce_max_ps(largest));
+    __m512 shift = _mm512_set1_ps(shift_of(maximum)), total = _mm512_setzero_ps();
     for (int i = 0; i < TILE_KEYS / 16; i++) {
-        __m512 weight = exp2_ps(_mm512_sub_ps(scores[i], shift));
+        __m512 weight = exp2_ps(_mm512_sub_ps(seen[i], shift));
         total = _mm512_add_ps(total, weight);
-        store_bf16(&scratch->weights[row][16 * i], weight, 0xffff);
+        store_numbers(weights, 16 * i, weight, 0xffff, dtype);
     }
-    float rescale = _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(old - maximum)));
-    __m512 totals = _mm512_load_ps(scratch->totals[row]);
-    _mm512_store_ps(scratch->totals[row], _mm512_fmadd_ps(totals, _mm512_set1_ps(rescale), total));
-    scratch->rescale[row] = rescale;
-    scratch->maxima[row] = maximum;
+    row[RESCALE] = rescale_of(row[MAXIMUM], maximum);
+    _mm512_store_ps(row, _mm512_fmadd_ps(_mm512_load_ps(row), _mm512_set1_ps(row[RESCALE]), total));
+    row[MAXIMUM] = maximum;
 }
 
-/* sums = sums * rescale + weights @ values, of `rows` rows from `row` and one panel of numbers from `d`. */
-AVX512_INLINE void accumulate(struct scratch *scratch, int64_t head_dim, int64_t row, int64_t d, int64_t num_keys,
-                              const int rows)
+/* sums = sums * rescale + weights @ values, of `rows` rows and one panel of numbers from `d`. `at`: the first row. */
+AVX512_INLINE void accumulate(struct scratch *scratch, float *at, int64_t stride, int64_t row, int64_t d,
+                              int64_t num_keys, const int rows, const int dtype)
 {
+    const int64_t unit_keys = UNIT_BYTES / number_bytes(dtype), weights_stride = TILE_KEYS * number_bytes(dtype);
     __m512 sums[MAX_ROWS][2];
-    float *at = scratch->sums + row * head_dim + d;
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < 2; half++)
-            sums[r][half] = _mm512_mul_ps(_mm512_load_ps(at + r * head_dim + 16 * half),
-                                          _mm512_set1_ps(scratch->rescale[row + r]));
-    multiply_panel(sums, rows, scratch->weights[row], TILE_KEYS, scratch->values + d * TILE_KEYS, (num_keys + 1) / 2,
-                   NULL, 0);
+            sums[r][half] = _mm512_mul_ps(_mm512_load_ps(at + r * stride + SUMS + d + 16 * half),
+                                          _mm512_set1_ps(at[r * stride + RESCALE]));
+    multiply_panel(sums, rows, scratch->weights + row * weights_stride, weights_stride,
+                   scratch->values + d / PANEL * (TILE_KEYS / unit_keys) * PANEL_UNIT_BYTES,
+                   (num_keys + unit_keys - 1) / unit_keys, NULL, 0, unit_of(dtype));
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < 2; half++)
-            _mm512_store_ps(at + r * head_dim + 16 * half, sums[r][half]);
+            _mm512_store_ps(at + r * stride + SUMS + d + 16 * half, sums[r][half]);
 }
 
-#define SCORE(ROWS) score(&scratch, head_dim, row, first_key, ROWS)
-#define ACCUMULATE(ROWS) accumulate(&scratch, head_dim, row, d, num_keys, ROWS)
+#define SCORE(ROWS) score(scratch, head_dim, row, first_key, ROWS, dtype)
+#define ACCUMULATE(ROWS) accumulate(scratch, rows + row * stride, stride, row, d, num_keys, ROWS, dtype)
 
-AVX512BF16 static void attend_tile(const void *argument, int64_t tile)
+/* `rows` = the softmax of the queries in `scratch`, over keys [start, stop). */
+AVX512_INLINE void attend_span(const struct attend_job *job, const struct bros_queries *queries, int64_t kv_head,
+                               int64_t start, int64_t stop, struct scratch *scratch, float *rows, const int dtype)
 {
-    const struct attend_job *job = argument;
-    const struct bros_queries *queries = &job->step->queries[tile / job->attention->num_kv_heads];
+    const struct bros_attention *attention = job->attention;
     const int32_t *entries = job->step->block_table + queries->sequence * job->step->table_width;
-    const int64_t head_dim = job->attention->head_dim, kv_head = tile % job->attention->num_kv_heads;
-    const int64_t group = job->attention->num_heads / job->attention->num_kv_heads;
-    const int64_t num_rows = queries->num_tokens * group;
-    struct scratch scratch;
-
-    for (int64_t row = 0; row < num_rows; row++) {
-        int64_t token = queries->first_token + row / group, head = kv_head * group + row % group;
-        memcpy(scratch.q + row * head_dim, job->qkv + token * job->qkv_stride + head * head_dim,
-               (size_t)head_dim * sizeof *job->qkv);
-        scratch.maxima[row] = -INFINITY;
-    }
-    memset(scratch.totals, 0, (size_t)num_rows * sizeof scratch.totals[0]);
-    memset(scratch.sums, 0, (size_t)(num_rows * head_dim) * sizeof scratch.sums[0]);
-
-    int64_t stop = queries->first_position + queries->num_tokens, start = 0;
-    if (job->attention->window && queries->first_position + 1 > job->attention->window)
-        start = (queries->first_position + 1 - job->attention->window) / TILE_KEYS * TILE_KEYS;
+    const int64_t head_dim = attention->head_dim, group = attention->num_heads / attention->num_kv_heads;
+    const int64_t num_rows = queries->num_tokens * group, stride = row_floats(head_dim);
+    memset(rows, 0, (size_t)(num_rows * stride) * sizeof *rows);
+    for (int64_t row = 0; row < num_rows; row++)
+        rows[row * stride + MAXIMUM] = -INFINITY;
     for (; start < stop; start += TILE_KEYS) {
         int64_t num_keys = stop - start < TILE_KEYS ? stop - start : TILE_KEYS;
-        prefetch(job, entries, start + TILE_KEYS, stop, kv_head, job->k);
-        pack_keys(job, entries, start, num_keys, kv_head, scratch.keys);
-        prefetch(job, entries, start + TILE_KEYS, stop, kv_head, job->v);
-        pack_values(job, entries, start, num_keys, kv_head, scratch.values);
+        pack_keys(job, entries, start, num_keys, queries->stop_key, kv_head, scratch->keys, dtype);
+        pack_values(job, entries, start, num_keys, queries->stop_key, kv_head, scratch->values, dtype);
         for (int64_t first_key = 0; first_key < num_keys; first_key += PANEL)
-            for (int64_t row = 0, rows; row < num_rows; row += rows) {
-                rows = next_rows(num_rows - row);
-                FOR_ROWS(rows, SCORE)
+            for (int64_t row = 0, height; row < num_rows; row += height) {
+                height = next_rows(num_rows - row);
+                FOR_ROWS(height, SCORE)
             }
         for (int64_t row = 0; row < num_rows; row++) {
             int64_t position = queries->first_position + row / group;
-            int64_t first = job->attention->window ? position + 1 - job->attention->window - start : 0;
-            weigh(job, &scratch, row, first, position + 1 - start);
+            int64_t first = attention->window ? position + 1 - attention->window - start : 0;
+            char *weights = scratch->weights + row * TILE_KEYS * number_bytes(dtype);
+            weigh(job, scratch->scores[row], weights, rows + row * stride, first, position + 1 - start, dtype);
         }
         for (int64_t d = 0; d < head_dim; d += PANEL)
-            for (int64_t row = 0, rows; row < num_rows; row += rows) {
-                rows = next_rows(num_rows - row);
-                FOR_ROWS(rows, ACCUMULATE)
+            for (int64_t row = 0, height; row < num_rows; row += height) {
+                height = next_rows(num_rows - row);
+                FOR_ROWS(height, ACCUMULATE)
             }
-    }
-
-    for (int64_t row = 0; row < num_rows; row++) {
-        int64_t token = queries->first_token + row / group, head = kv_head * group + row % group;
-        uint16_t *out = job->out + (token * job->attention->num_heads + head) * head_dim;
-        __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(scratch.totals[row])));
-        for (int64_t d = 0; d < head_dim; d += 16)
-            store_bf16(out + d, _mm512_mul_ps(_mm512_load_ps(scratch.sums + row * head_dim + d), inverse), 0xffff);
     }
 }
 
-void bros_attend(const struct bros_step *step, const struct bros_attention *attention, uint16_t *qkv,
-                 const uint16_t *cos, const uint16_t *sin, int64_t rotary_dim, uint16_t *k, uint16_t *v, uint16_t *out)
+/* row = row and the span after it. Where either saw nothing, the other stays to the last bit. */
+AVX512_INLINE void merge_row(float *row, const float *span, int64_t stride)
 {
-    const int64_t num_heads = attention->num_heads, num_kv_heads = attention->num_kv_heads;
+    float maximum = fmaxf(row[MAXIMUM], span[MAXIMUM]);
+    __m512 rescale = _mm512_set1_ps(rescale_of(row[MAXIMUM], maximum));
+    __m512 span_rescale = _mm512_set1_ps(rescale_of(span[MAXIMUM], maximum));
+    for (int64_t i = 0; i < stride; i += i == 0 ? SUMS : 16) {
+        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(row + i), rescale);
+        _mm512_store_ps(row + i, _mm512_fmadd_ps(_mm512_load_ps(span + i), span_rescale, scaled));
+    }
+    row[MAXIMUM] = maximum;
+}
+
+/* What was attended to by `num_tokens` tokens, whose rows are complete. */
+AVX512_INLINE void store_rows(const struct attend_job *job, int64_t first_token, int64_t num_tokens, int64_t kv_head,
+                              const float *rows, const int dtype)
+{
+    const int64_t num_heads = job->attention->num_heads, head_dim = job->attention->head_dim;
+    const int64_t group = num_heads / job->attention->num_kv_heads, stride = row_floats(head_dim);
+    for (int64_t row = 0; row < num_tokens * group; row++, rows += stride) {
+        int64_t token = first_token + row / group, head = kv_head * group + row % group;
+        __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(rows)));
+        for (int64_t d = 0; d < head_dim; d += 16)
+            store_numbers(job->out, (token * num_heads + head) * head_dim + d,
+                          _mm512_mul_ps(_mm512_load_ps(rows + SUMS + d), inverse), lanes_below(head_dim - d), dtype);
+    }
+}
+
+/* Where the rows of a part of a split sequence's keys are kept until all are there. */
+static float *part_rows(const struct attend_job *job, int64_t part, int64_t kv_head)
+{
+    return job->parts + (kv_head * job->step->num_part_rows + part) * row_floats(job->attention->head_dim);
+}
+
+AVX512_INLINE void attend(const struct attend_job *job, const struct bros_queries *queries, int64_t kv_head,
+                          const int dtype)
+{
+    const struct bros_attention *attention = job->attention;
+    const int64_t head_dim = attention->head_dim, group = attention->num_heads / attention->num_kv_heads;
+    const int64_t num_rows = queries->num_tokens * group, stride = row_floats(head_dim);
+    struct scratch scratch_of_this_call, *scratch = &scratch_of_this_call;
+    for (int64_t row = 0; row < num_rows; row++) {
+        int64_t token = queries->first_token + row / group, head = kv_head * group + row % group;
+        memcpy(number_at(scratch->q, row * head_dim, dtype),
+               number_at(job->qkv, token * job->qkv_stride + head * head_dim, dtype),
+               (size_t)(head_dim * number_bytes(dtype)));
+    }
+    /* No row sees what lies before this one. */
+    int64_t seen = attention->window ? (queries->first_position + 1 - attention->window) / TILE_KEYS * TILE_KEYS : 0;
+    float *rows = queries->part < 0 ? scratch->spans[0] : part_rows(job, queries->part, kv_head);
+    int64_t span = queries->first_key, stop = queries->stop_key;
+    if (queries->part < 0 && seen > span)
+        span = seen / BROS_SPAN_KEYS * BROS_SPAN_KEYS;
+    for (int is_first = 1; span < stop; span += BROS_SPAN_KEYS, is_first = 0) {
+        int64_t span_stop = span + BROS_SPAN_KEYS < stop ? span + BROS_SPAN_KEYS : stop;
+        attend_span(job, queries, kv_head, span > seen ? span : seen, span_stop, scratch,
+                    is_first ? rows : scratch->spans[1], dtype);
+        for (int64_t row = 0; !is_first && row < num_rows; row++)
+            merge_row(rows + row * stride, scratch->spans[1] + row * stride, stride);
+    }
+    if (queries->part < 0)
+        store_rows(job, queries->first_token, queries->num_tokens, kv_head, rows, dtype);
+}
+
+#define ATTEND(DTYPE) attend(job, queries, kv_head, DTYPE)
+
+AVX512 static void attend_tile(const void *argument, int64_t tile)
+{
+    const struct attend_job *job = argument;
+    const int64_t num_kv_heads = job->attention->num_kv_heads, kv_head = tile % num_kv_heads;
+    const struct bros_queries *queries = &job->step->queries[tile / num_kv_heads];
+    FOR_DTYPE(job->attention->dtype, ATTEND)
+}
+
+#define STORE_ROWS(DTYPE) store_rows(job, split->first_token, split->num_tokens, kv_head, rows, DTYPE)
+
+/* Merge the parts of a split sequence. */
+AVX512 static void merge_tile(const void *argument, int64_t tile)
+{
+    const struct attend_job *job = argument;
+    const struct bros_attention *attention = job->attention;
+    const int64_t kv_head = tile % attention->num_kv_heads, stride = row_floats(attention->head_dim);
+    const struct bros_split *split = &job->step->splits[tile / attention->num_kv_heads];
+    const int64_t num_rows = split->num_tokens * (attention->num_heads / attention->num_kv_heads);
+    float *rows = part_rows(job, split->first_part, kv_head);
+    const float *span = rows;
+    for (int64_t part = 1; part < split->num_parts; part++) {
+        span += num_rows * stride;
+        for (int64_t row = 0; row < num_rows; row++)
+            merge_row(rows + row * stride, span + row * stride, stride);
+    }
+    FOR_DTYPE(attention->dtype, STORE_ROWS)
+}
+
+void bros_attend(const struct bros_step *step, const struct bros_attention *attention, void *qkv, const void *cos,
+                 const void *sin, int64_t rotary_dim, void *k, void *v, void *out)
+{
+    const int64_t num_kv_heads = attention->num_kv_heads, head_dim = attention->head_dim;
+    const int64_t part_floats = step->num_part_rows * num_kv_heads * row_floats(head_dim);
     struct attend_job job = {.step = step, .attention = attention, .qkv = qkv,
-                             .qkv_stride = (num_heads + 2 * num_kv_heads) * attention->head_dim, .cos = cos,
+                             .qkv_stride = (attention->num_heads + 2 * num_kv_heads) * head_dim, .cos = cos,
                              .sin = sin, .rotary_dim = rotary_dim, .k = k, .v = v, .out = out};
     const float softcap = attention->softcap;
     job.cap = softcap * LOG2E;
     job.scale = softcap != 0.0f ? attention->scale / softcap : attention->scale * LOG2E;
     bros_run(prepare_tile, &job, (step->num_tokens + TILE_TOKENS - 1) / TILE_TOKENS);
+    if (part_floats)
+        job.parts = bros_scratch(BROS_CALL_SCRATCH, (size_t)part_floats * sizeof(float));
     bros_run(attend_tile, &job, step->num_queries * num_kv_heads);
+    bros_run(merge_tile, &job, step->num_splits * num_kv_heads);
 }

@@ -1,15 +1,16 @@
-/* What the AVX-512 kernels share: loads and stores of bf16, and functions of 16 floats. */
+/* What the AVX-512 kernels share: loads and stores, functions of 16 floats, and the register tile of all products. */
 #ifndef BROS_AVX512_H
 #define BROS_AVX512_H
 
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "dtype.h"
 #include "norm.h"
 
-/* The plain x86-64-v4 level lacks the bf16 products. */
-#define AVX512BF16 __attribute__((target("arch=x86-64-v4,avx512bf16,prefer-vector-width=512")))
-#define AVX512_INLINE AVX512BF16 static inline __attribute__((always_inline))
+/* The plain x86-64-v4 level lacks the products of bf16 and of int8. */
+#define AVX512 __attribute__((target("arch=x86-64-v4,avx512bf16,avx512vnni,prefer-vector-width=512")))
+#define AVX512_INLINE AVX512 static inline __attribute__((always_inline))
 
 #define LOG2E 1.44269504f
 
@@ -19,23 +20,22 @@ AVX512_INLINE __mmask16 lanes_below(int64_t count)
     return count >= 16 ? 0xffff : count <= 0 ? 0 : (__mmask16)((1u << count) - 1);
 }
 
-/* The pair of bf16 numbers at `at`, in all lanes. */
-AVX512_INLINE __m512bh broadcast_pair(const uint16_t *at)
+/* Numbers x[at], x[at + 1], ...; 0 in the lanes that are not asked for. */
+AVX512_INLINE __m512 load_numbers(const void *x, int64_t at, __mmask16 lanes, const int dtype)
 {
-    int32_t pair;
-    __builtin_memcpy(&pair, at, sizeof pair);
-    return (__m512bh)_mm512_set1_epi32(pair);
-}
-
-AVX512_INLINE __m512 load_bf16(const uint16_t *at, __mmask16 lanes)
-{
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, at)), 16));
+    if (dtype == BROS_FLOAT32)
+        return _mm512_maskz_loadu_ps(lanes, (const float *)x + at);
+    __m256i halves = _mm256_maskz_loadu_epi16(lanes, (const uint16_t *)x + at);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
 /* Rounds to nearest even, as torch does. */
-AVX512_INLINE void store_bf16(uint16_t *at, __m512 x, __mmask16 lanes)
+AVX512_INLINE void store_numbers(void *x, int64_t at, __m512 numbers, __mmask16 lanes, const int dtype)
 {
-    _mm256_mask_storeu_epi16(at, lanes, (__m256i)_mm512_cvtneps_pbh(x));
+    if (dtype == BROS_FLOAT32)
+        _mm512_mask_storeu_ps((float *)x + at, lanes, numbers);
+    else
+        _mm256_mask_storeu_epi16((uint16_t *)x + at, lanes, (__m256i)_mm512_cvtneps_pbh(numbers));
 }
 
 /* 2 ** x, to 2 units in the last place for -126 <= x <= 127; 0 below, NaN of NaN. The polynomial is the minimax one of
@@ -72,44 +72,75 @@ AVX512_INLINE __m512 tanh_ps(__m512 x)
 }
 
 /* out = norm(x), of `size` numbers; out may be x. */
-AVX512_INLINE void normalise(const uint16_t *x, int64_t size, const struct bros_norm *norm, uint16_t *out)
+AVX512_INLINE void normalise(const void *x, int64_t size, const struct bros_norm *norm, void *out, const int dtype)
 {
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < size; i += 16) {
-        __m512 part = load_bf16(x + i, lanes_below(size - i));
+        __m512 part = load_numbers(x, i, lanes_below(size - i), dtype);
         squares = _mm512_fmadd_ps(part, part, squares);
     }
     float mean = _mm512_reduce_add_ps(squares) / (float)size;
     __m512 factor = _mm512_set1_ps(1.0f / __builtin_sqrtf(mean + norm->eps)), offset = _mm512_set1_ps(norm->offset);
     for (int64_t i = 0; i < size; i += 16) {
         __mmask16 lanes = lanes_below(size - i);
-        __m512 scaled = _mm512_mul_ps(load_bf16(x + i, lanes), factor);
-        __m512 weight = _mm512_add_ps(load_bf16(norm->weight + i, lanes), offset);
-        store_bf16(out + i, _mm512_mul_ps(scaled, weight), lanes);
+        __m512 scaled = _mm512_mul_ps(load_numbers(x, i, lanes, dtype), factor);
+        __m512 weight = _mm512_add_ps(load_numbers(norm->weight, i, lanes, dtype), offset);
+        store_numbers(out, i, _mm512_mul_ps(scaled, weight), lanes, dtype);
     }
 }
 
 /* The register tile of all products: up to 12 rows times a panel of 32 columns. 12 x 2 sums, 2 loads and a broadcast
- * pair fill the 32 registers. */
+ * unit fill the 32 registers. */
 enum { PANEL = 32, MAX_ROWS = 12 };
 
-/* sums += x @ panel. x: `rows` rows of 2 * num_pairs numbers, x_stride apart; panel: (num_pairs, 32, 2), aligned to 64
- * bytes. Each sum is taken in the order of the pairs. Meanwhile so many cache lines a pair are fetched from `next`. */
-AVX512_INLINE void multiply_panel(__m512 sums[MAX_ROWS][2], const int rows, const uint16_t *x, int64_t x_stride,
-                                  const uint16_t *panel, int64_t num_pairs, const char *next, const int next_lines)
+/* Rows and columns are multiplied in units of 4 bytes, which one instruction multiplies and adds to 16 sums. */
+enum { UNIT_BYTES = 4, PANEL_UNIT_BYTES = PANEL * UNIT_BYTES };
+enum bros_unit {
+    BF16_PAIR,   /* two numbers */
+    FLOAT32_ONE, /* one */
+    INT8_QUAD,   /* four: int8 in rows, uint8 in columns; sums are int32 */
+};
+
+AVX512_INLINE __m512 add_floats(__m512 sum, __m512i row, __m512i columns, const int unit)
 {
-    const char *columns = (const char *)panel;
-    for (int64_t pair = 0; pair < num_pairs; pair++, columns += 4 * PANEL) {
-        __m512bh left = (__m512bh)_mm512_load_si512(columns), right = (__m512bh)_mm512_load_si512(columns + 64);
-        for (int line = 0; line < next_lines; line++, next += 64)
-            _mm_prefetch(next, _MM_HINT_T1);
-        for (int r = 0; r < rows; r++) {
-            __m512bh inputs = broadcast_pair(x + r * x_stride + 2 * pair);
-            sums[r][0] = _mm512_dpbf16_ps(sums[r][0], left, inputs);
-            sums[r][1] = _mm512_dpbf16_ps(sums[r][1], right, inputs);
-        }
-    }
+    if (unit == FLOAT32_ONE)
+        return _mm512_fmadd_ps(_mm512_castsi512_ps(row), _mm512_castsi512_ps(columns), sum);
+    return _mm512_dpbf16_ps(sum, (__m512bh)columns, (__m512bh)row);
 }
+
+typedef int32_t int32x16 __attribute__((vector_size(64)));
+
+AVX512_INLINE int32x16 add_quads(int32x16 sum, __m512i row, __m512i columns, const int unit)
+{
+    (void)unit;
+    return (int32x16)_mm512_dpbusd_epi32((__m512i)sum, columns, row);
+}
+
+/* sums += x @ panel. x: `rows` rows of num_units units, x_stride bytes apart; panel: (num_units, 32) units, aligned to
+ * 64 bytes. Each sum is taken in the order of the units. Meanwhile so many cache lines a unit are fetched from `next`.
+ *
+ * Two functions, since gcc copies sums from register to register where their type is not the instruction's. */
+#define MULTIPLY_PANEL(NAME, SUM, ADD)                                                                         \
+    AVX512_INLINE void NAME(SUM sums[MAX_ROWS][2], const int rows, const char *x, int64_t x_stride,            \
+                            const char *panel, int64_t num_units, const char *next, const int next_lines,      \
+                            const int unit)                                                                    \
+    {                                                                                                          \
+        for (int64_t at = 0; at < num_units; at++, panel += PANEL_UNIT_BYTES, x += UNIT_BYTES) {               \
+            __m512i left = _mm512_load_si512(panel), right = _mm512_load_si512(panel + 64);                    \
+            for (int line = 0; line < next_lines; line++, next += 64)                                          \
+                _mm_prefetch(next, _MM_HINT_T1);                                                               \
+            for (int r = 0; r < rows; r++) {                                                                   \
+                int32_t numbers;                                                                               \
+                __builtin_memcpy(&numbers, x + r * x_stride, sizeof numbers);                                  \
+                __m512i row = _mm512_set1_epi32(numbers);                                                      \
+                sums[r][0] = ADD(sums[r][0], row, left, unit);                                                 \
+                sums[r][1] = ADD(sums[r][1], row, right, unit);                                                \
+            }                                                                                                  \
+        }                                                                                                      \
+    }
+
+MULTIPLY_PANEL(multiply_panel, __m512, add_floats)
+MULTIPLY_PANEL(multiply_int8_panel, int32x16, add_quads)
 
 /* Rows of the next register tile, where `left` are left: of about the same height, so 16 rows are 8 + 8, not 12 + 4. */
 static inline int64_t next_rows(int64_t left)

@@ -1,5 +1,5 @@
-/* Products with bf16 weights that were packed once. Every row of a result is computed in the same order whatever rows
- * are beside it, so a sequence gets the same tokens alone and in any batch. */
+/* Products with weights that were packed once. Every row of a result is computed in the same order whatever rows are
+ * beside it, so a sequence gets the same tokens alone and in any batch. */
 #ifndef BROS_GEMM_H
 #define BROS_GEMM_H
 
@@ -8,9 +8,10 @@
 #include "norm.h"
 #include "pool.h"
 
-/* Pack w: (n, k) as [n / 32][k / 2][32][2]: a panel's weights in the order in which they are multiplied, two of a
- * column side by side. k is even; columns beyond n are zero. `packed` holds ceil(n / 32) * 32 * k numbers. */
-BROS_EXPORT void bros_pack_weight(const uint16_t *w, int64_t n, int64_t k, uint16_t *packed);
+/* Pack the n rows of a weight, of row_bytes each, as [n / 32][units][32]: a panel's weights in the order in which they
+ * are multiplied. A unit is 4 bytes, filled up with zeros; columns beyond n are zero. `packed` holds
+ * ceil(n / 32) * 32 * ceil(row_bytes / 4) * 4 bytes. */
+BROS_EXPORT void bros_pack_weight(const char *w, int64_t n, int64_t row_bytes, char *packed);
 
 /* What becomes of a sum before it is rounded and stored. */
 enum bros_epilogue {
@@ -18,18 +19,24 @@ enum bros_epilogue {
     BROS_SILU_MUL = 1, /* of each 32 columns: silu(first 16) * last 16; the result has n / 2 columns */
 };
 
-/* A packed weight, and what is done beside the product. */
+/* A packed weight, and what is done beside the product.
+ *
+ * Weights are numbers of `dtype`, an even number of them a row in bf16, or int8, to which 128 was added before they
+ * were packed, with a scale for each column. The inputs of those are rounded to int8 too, with a scale for each row,
+ * largest magnitude / 127: the products are exact integers. */
 struct bros_linear {
-    const uint16_t *packed; /* aligned to 64 bytes */
+    const char *packed; /* aligned to 64 bytes */
     int64_t n, k;
-    const float *bias;          /* (n), or NULL */
-    struct bros_norm norm;      /* of the inputs */
+    const float *scales;   /* (n): of int8 weights; NULL: the weights are of `dtype` */
+    const float *bias;     /* (n), or NULL */
+    struct bros_norm norm; /* of the inputs */
+    int32_t dtype;         /* enum bros_dtype: of inputs and results */
     int32_t epilogue;
 };
 
-/* out = norm(x) @ w.T + bias + residual, in bf16 with float32 sums. x: (m, k), rows x_stride numbers apart; out and
+/* out = norm(x) @ w.T + bias + residual, with float32 or int32 sums. x: (m, k), rows x_stride numbers apart; out and
  * residual, which may be NULL: contiguous, (m, n), or (m, n / 2) for BROS_SILU_MUL, which adds no residual. */
-BROS_EXPORT void bros_multiply(const struct bros_linear *linear, const uint16_t *x, int64_t x_stride, int64_t m,
-                               const uint16_t *residual, uint16_t *out);
+BROS_EXPORT void bros_multiply(const struct bros_linear *linear, const void *x, int64_t x_stride, int64_t m,
+                               const void *residual, void *out);
 
 #endif

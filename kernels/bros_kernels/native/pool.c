@@ -108,7 +108,7 @@ int bros_is_supported(void)
     __builtin_cpu_init();
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
 }
 
 int bros_set_num_threads(int wanted)
@@ -128,18 +128,20 @@ int bros_set_num_threads(int wanted)
     return 0;
 }
 
-void *bros_scratch(size_t num_bytes)
+void *bros_scratch(enum bros_scratch_user user, size_t num_bytes)
 {
-    static void *scratch;
-    static size_t size;
-    if (num_bytes > size) {
-        free(scratch);
-        size = (num_bytes + 63) / 64 * 64;
-        scratch = aligned_alloc(64, size);
-        if (!scratch)
+    static struct {
+        void *memory;
+        size_t size;
+    } scratches[2];
+    if (num_bytes > scratches[user].size) {
+        free(scratches[user].memory);
+        scratches[user].size = (num_bytes + 63) / 64 * 64;
+        scratches[user].memory = aligned_alloc(64, scratches[user].size);
+        if (!scratches[user].memory)
             abort();
     }
-    return scratch;
+    return scratches[user].memory;
 }
 
 void bros_run(bros_tile_fn fn, const void *argument, int64_t num_tiles)

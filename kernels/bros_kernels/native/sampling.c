@@ -5,16 +5,16 @@
 #include "avx512.h"
 
 struct most_likely_job {
-    const uint16_t *logits;
+    const void *logits;
     int64_t stride, vocab_size;
+    int32_t dtype;
     int64_t *token_ids;
     float *logprobs;
 };
 
-AVX512BF16 static void most_likely_tile(const void *argument, int64_t row)
+AVX512_INLINE void most_likely(const struct most_likely_job *job, int64_t row, const int dtype)
 {
-    const struct most_likely_job *job = argument;
-    const uint16_t *logits = job->logits + row * job->stride;
+    const void *logits = number_at(job->logits, row * job->stride, dtype);
     const __m512 lowest = _mm512_set1_ps(-INFINITY);
     __m512 best = lowest;
     __m512i best_at = _mm512_setzero_si512();
@@ -22,7 +22,7 @@ AVX512BF16 static void most_likely_tile(const void *argument, int64_t row)
     __mmask16 is_nan = 0;
     for (int64_t i = 0; i < job->vocab_size; i += 16) {
         __mmask16 lanes = lanes_below(job->vocab_size - i);
-        __m512 x = load_bf16(logits + i, lanes);
+        __m512 x = load_numbers(logits, i, lanes, dtype);
         is_nan |= _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
         __mmask16 is_better = _mm512_mask_cmp_ps_mask(lanes, x, best, _CMP_GT_OQ);
         best = _mm512_mask_mov_ps(best, is_better, x);
@@ -39,15 +39,23 @@ AVX512BF16 static void most_likely_tile(const void *argument, int64_t row)
     __m512 shift = _mm512_set1_ps(maximum), total = _mm512_setzero_ps();
     for (int64_t i = 0; i < job->vocab_size; i += 16) {
         __mmask16 lanes = lanes_below(job->vocab_size - i);
-        __m512 x = _mm512_mul_ps(_mm512_sub_ps(load_bf16(logits + i, lanes), shift), _mm512_set1_ps(LOG2E));
+        __m512 x = _mm512_mul_ps(_mm512_sub_ps(load_numbers(logits, i, lanes, dtype), shift), _mm512_set1_ps(LOG2E));
         total = _mm512_mask_add_ps(total, lanes, total, exp2_ps(x));
     }
     job->logprobs[row] = -logf(_mm512_reduce_add_ps(total));
 }
 
-void bros_most_likely(const uint16_t *logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
+#define MOST_LIKELY(DTYPE) most_likely(job, row, DTYPE)
+
+AVX512 static void most_likely_tile(const void *argument, int64_t row)
+{
+    const struct most_likely_job *job = argument;
+    FOR_DTYPE(job->dtype, MOST_LIKELY)
+}
+
+void bros_most_likely(const void *logits, int64_t stride, int64_t num_rows, int64_t vocab_size, int32_t dtype,
                       int64_t *token_ids, float *logprobs)
 {
-    struct most_likely_job job = {logits, stride, vocab_size, token_ids, logprobs};
+    struct most_likely_job job = {logits, stride, vocab_size, dtype, token_ids, logprobs};
     bros_run(most_likely_tile, &job, num_rows);
 }

@@ -4,12 +4,13 @@
 
 #include <stdint.h>
 
+#include "dtype.h"
 #include "pool.h"
 
-/* Of each row of bf16 logits: the first of the largest, and its log-softmax, which is NaN where the row holds NaN or
+/* Of each row of logits: the first of the largest, and its log-softmax, which is NaN where the row holds NaN or
  * infinity, or nothing but minus infinity. logits: (num_rows, vocab_size), rows stride numbers apart; the results:
  * (num_rows). */
-BROS_EXPORT void bros_most_likely(const uint16_t *logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
-                                  int64_t *token_ids, float *logprobs);
+BROS_EXPORT void bros_most_likely(const void *logits, int64_t stride, int64_t num_rows, int64_t vocab_size,
+                                  int32_t dtype, int64_t *token_ids, float *logprobs);
 
 #endif

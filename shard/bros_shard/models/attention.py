@@ -26,9 +26,9 @@ class Attention:
 
     def __init__(self, layer: AttentionLayer, qkv: Linear, output: Linear) -> None:
         """`qkv`: to this rank's query, key and value heads. `output`: of all ranks together."""
-        self._layer = layer
-        self._qkv = qkv
-        self._output = output
+        self.layer = layer
+        self.qkv = qkv
+        self.output = output
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, angles: Angles | None, kv: LayerKV, attention: PagedAttention
@@ -38,7 +38,7 @@ class Attention:
         Args:
             angles: `Rotary.angles` of the tokens' positions, None for a model without rotation.
         """
-        return self._output(attention.attend(self._layer, self._qkv(x), angles, *kv), residual)
+        return self.output(attention.attend(self.layer, self.qkv(x), angles, *kv), residual)
 
 
 def separate_qkv(

@@ -61,13 +61,14 @@ class Experts:
         self._parallel = weights.parallel
         self._norm = norm
         # Whole on every rank, with the same inputs: all choose the same experts.
-        self._router = weights.kernels.linear(weights.whole(f"{name}.gate.weight", (config.num_experts, hidden_size)))
+        router = weights.whole(f"{name}.gate.weight", (config.num_experts, hidden_size))
+        self._router = weights.kernels.linear(router, is_exact=True)
         self._experts = [expert(f"{name}.experts.{index}", config.inner_size) for index in range(config.num_experts)]
         self._shared: tuple[Linear, GatedMLP] | None = None  # its gate, and itself
         if config.shared_inner_size is not None:
             gate = weights.whole(f"{name}.shared_expert_gate.weight", (1, hidden_size))
             shared = expert(f"{name}.shared_expert", config.shared_inner_size)
-            self._shared = weights.kernels.linear(gate), shared
+            self._shared = weights.kernels.linear(gate, is_exact=True), shared
 
     def __call__(self, x: Tensor, residual: Tensor) -> Tensor:
         """(T, hidden_size) to the same: what the experts give for norm(x), and `residual` added to it."""

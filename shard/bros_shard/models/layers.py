@@ -160,11 +160,11 @@ class GatedMLP:
 
     def __init__(self, gated: Linear, down: Linear) -> None:
         """`gated` takes no residual."""
-        self._gated = gated
-        self._down = down
+        self.gated = gated
+        self.down = down
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self._down(self._gated(x), residual)
+        return self.down(self.gated(x), residual)
 
 
 class MLP:

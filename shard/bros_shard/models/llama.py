@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from bros_kernels.fused_layer import FusedLayer
 from bros_kernels.linear import Activation, RMSNorm
 from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_shard.model_config import ConfigFields
@@ -145,12 +146,18 @@ class LlamaLayer:
         mlp_norm = rms_norm(weights, f"{prefix}.post_attention_layernorm", hidden_size, eps)
         experts = config.experts[index] if config.experts else None
         self._mlp: GatedMLP | Experts
+        self._fused: FusedLayer | None = None
         if experts is None:
-            self._mlp = llama_mlp(config, weights, f"{prefix}.mlp", mlp_norm)
+            self._mlp = mlp = llama_mlp(config, weights, f"{prefix}.mlp", mlp_norm)
+            projections = self._attention.qkv, self._attention.output, mlp.gated, mlp.down
+            self._fused = weights.kernels.fuse_layer(layer, *projections)
         else:
             self._mlp = Experts(experts, weights, prefix, hidden_size, config.activation, mlp_norm)
 
     def __call__(self, hidden: Tensor, angles: Angles, kv: LayerKV, attention: PagedAttention) -> Tensor:
+        """Compute it; `hidden` may be overwritten."""
+        if self._fused is not None:
+            return self._fused(hidden, angles, *kv, attention)
         hidden = self._attention(hidden, hidden, angles, kv, attention)
         return self._mlp(hidden, hidden)
 
