@@ -67,6 +67,15 @@ def test_without_real_time_work_a_region_bounds_by_what_fits_in_it() -> None:
     assert large == pytest.approx(1000 / OPT.seconds(step), rel=0.02)
 
 
+def test_the_bound_of_time_and_memory_is_a_share_of_what_best_effort_work_has_alone() -> None:
+    ceiling = Ceiling(500.0, Slopes(0.0, 0.0, 0.0, 0.0), region_bound())
+    assert ceiling.region_bound(Work()) == pytest.approx(500.0)
+    work = Work(decodes=1000.0, decode_context=350_000.0)
+    share = region_bound().tokens_per_s(work) / region_bound().tokens_per_s(Work())
+    assert ceiling.region_bound(work) == pytest.approx(500.0 * share)
+    assert Ceiling(500.0, Slopes(0.0, 0.0, 0.0, 0.0)).region_bound(work) is None
+
+
 def test_real_time_work_takes_memory_the_more_the_longer_steps_are() -> None:
     light, heavy = (Work(decodes=count, decode_context=350 * count) for count in (100.0, 2500.0))
     alone, beside_light, beside_heavy = (region_bound().tokens_per_s(work) for work in (Work(), light, heavy))

@@ -14,6 +14,8 @@ from typing import Any, Final
 
 from bros_shard.protocol import MAX_TOP_TOKENS
 
+#: Tokens of prompts whose log-probabilities, with those of the likeliest others, a frame from the ranks has room for.
+_MOST_TOLD_TOKENS: Final = 100_000
 #: Of a route: what needs no escape, and means nothing to the router of requests.
 _PATH: Final = re.compile(r"/[\w.~:/-]*", re.ASCII)
 
@@ -415,6 +417,15 @@ class ServerConfig:
     trace: TraceConfig = field(default_factory=TraceConfig)
     #: Where the private folder of sockets is made. Short: a socket's path has at most 107 bytes.
     runtime_base: Path = field(default_factory=lambda: Path(tempfile.gettempdir()))
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError` where a step could tell more of prompts than a frame from the ranks may hold."""
+        num_tokens = self.batch.max_batch_prefill_tokens
+        if self.api.enable_prefill_logprobs and num_tokens > _MOST_TOLD_TOKENS:
+            raise ConfigError(
+                f"--max-batch-prefill-tokens ({num_tokens}) must be at most {_MOST_TOLD_TOKENS}"
+                " with --enable-prefill-logprobs."
+            )
 
 
 #: The sections of `--help`, in order: field of `ServerConfig`, title, class.

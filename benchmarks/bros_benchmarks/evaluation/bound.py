@@ -82,6 +82,13 @@ class Ceiling:
         """Tokens a second that are left beside the real-time work that was asked for."""
         return self.be_only_tokens_per_s * max(0.0, 1 - self.slopes.seconds(offered))
 
+    def region_bound(self, offered: Work) -> float | None:
+        """The same where memory is short as well: what steps that are all alike lose beside this work, every policy
+        loses. That loads come in groups, say, costs best-effort work alone too; so it is in both."""
+        if self.region is None:
+            return None
+        return self.be_only_tokens_per_s * self.region.tokens_per_s(offered) / self.region.tokens_per_s(Work())
+
     def charged(self, tokens_per_s: float, missing: Work) -> float:
         """Tokens a second that a policy would have had, had it also done the real-time work that it left undone.
 
@@ -98,9 +105,7 @@ def charge(results: Iterable[Result], ceiling: Ceiling) -> list[Result]:
             extra={
                 **result.extra,
                 "be_bound": ceiling.bound(work_of(result, "offered")),
-                "be_region_bound": None
-                if ceiling.region is None
-                else ceiling.region.tokens_per_s(work_of(result, "offered")),
+                "be_region_bound": ceiling.region_bound(work_of(result, "offered")),
                 "be_charged": ceiling.charged(result.summary.be_tokens_per_s, work_of(result, "missing")),
                 "be_only": ceiling.be_only_tokens_per_s,
             },
