@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Final
 
 import numpy as np
 import structlog
@@ -19,10 +18,7 @@ from llguidance import LLMatcher
 from torch import Tensor
 
 from bros_shard.grammar_compiler import GrammarCompiler, GrammarError, is_broken
-from bros_shard.protocol import StepPlan
-
-#: Compiled grammars that are kept: TGI's number.
-_NUM_COMPILED: Final = 32
+from bros_shard.protocol import NUM_COMPILED_GRAMMARS, StepPlan
 
 log = structlog.get_logger()
 
@@ -146,7 +142,7 @@ class _CompiledGrammars:
         if matcher is None:
             matcher = self._compiler.result().compile(grammar)
         self._compiled[grammar] = matcher
-        if len(self._compiled) > _NUM_COMPILED:
+        if len(self._compiled) > NUM_COMPILED_GRAMMARS:
             self._compiled.popitem(last=False)
         return matcher.deep_copy()
 

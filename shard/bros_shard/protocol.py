@@ -29,6 +29,9 @@ MAX_PROMPT_TOP_TOKENS: Final = 20
 MAX_BIASED_TOKENS: Final = 1024
 #: So that a plan that brings every sequence of a step anew, each with a grammar, is an honest frame.
 MAX_GRAMMAR_BYTES: Final = 64 * 1024
+#: Compiled grammars that a rank keeps: TGI's number. The router remembers the verdicts on as many, so what comes to a
+#: rank quickly is compiled there already, and what is not was just compiled to be vetted, which took as long.
+NUM_COMPILED_GRAMMARS: Final = 32
 
 Count: TypeAlias = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 Positive: TypeAlias = Annotated[int, Meta(ge=1, le=2**31 - 1)]

@@ -14,10 +14,9 @@ import msgspec
 from bros_router.grammars.protocol import MAX_REPLY_BYTES, GrammarSource, Refused, VetReply
 from bros_router.helper.frame import to_frame
 from bros_router.helper.process import HelperError, HelperProcess
+from bros_shard.protocol import NUM_COMPILED_GRAMMARS
 
 _HELPER: Final = "bros_router.grammars.helper"
-#: Clients send the same few again and again. Each is 64 KiB at most.
-_NUM_REMEMBERED: Final = 256
 
 _reply_decoder: msgspec.json.Decoder[VetReply] = msgspec.json.Decoder(VetReply)
 
@@ -67,7 +66,7 @@ class GrammarVetter:
                     return Refused("uncompilable", "it takes too much memory")
                 reply = Refused("uncompilable", "it takes too long")
         self._remembered[key] = reply
-        if len(self._remembered) > _NUM_REMEMBERED:
+        if len(self._remembered) > NUM_COMPILED_GRAMMARS:
             self._remembered.popitem(last=False)
         return reply
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from bros_shard.models.heads import Heads
 from bros_shard.models.layers import MLP, LayerNorm, Vocabulary, check_divisible, read_activation, row_parallel
 from bros_shard.models.model import LayerKV, ModelLimits
 from bros_shard.models.rotary import RopeFrequencies, Rotary, read_rope
+from bros_shard.models.rotary_decoder import RotaryDecoder
 from bros_shard.weights import RankWeights
 
 
@@ -65,8 +65,8 @@ def read_gpt_neox(config: ConfigFields, limits: ModelLimits) -> GPTNeoXConfig:
     )
 
 
-class GPTNeoX:
-    """Implements `CausalLM`."""
+class GPTNeoX(RotaryDecoder):
+    """The whole model."""
 
     def __init__(self, config: GPTNeoXConfig, weights: RankWeights) -> None:
         check_divisible(weights.parallel, config.num_heads, config.num_heads, config.inner_size)
@@ -85,18 +85,6 @@ class GPTNeoX:
             GPTNeoXLayer(config, heads, weights, f"gpt_neox.layers.{index}") for index in range(config.num_layers)
         ]
         self._norm = LayerNorm(weights, "gpt_neox.final_layer_norm", hidden_size, config.norm_eps)
-
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: Iterable[LayerKV], attention: PagedAttention) -> Tensor:
-        """See `CausalLM.forward`."""
-        hidden = self._vocabulary.embed(input_ids)
-        angles = self._rotary.angles(positions)
-        for layer, layer_kv in zip(self._layers, kv, strict=True):
-            hidden = layer(hidden, angles, layer_kv, attention)
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor | None:
-        """See `CausalLM.logits`."""
-        return self._vocabulary.logits(self._norm(hidden))
 
 
 class GPTNeoXLayer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -15,6 +14,7 @@ from bros_shard.models.heads import Heads
 from bros_shard.models.layers import MLP, LayerNorm, Vocabulary, check_divisible, read_activation, row_parallel
 from bros_shard.models.model import LayerKV, ModelLimits
 from bros_shard.models.rotary import RopeFrequencies, Rotary, read_rope
+from bros_shard.models.rotary_decoder import RotaryDecoder
 from bros_shard.models.windows import read_window
 from bros_shard.weights import RankWeights
 
@@ -68,8 +68,8 @@ def read_starcoder2(config: ConfigFields, limits: ModelLimits) -> Starcoder2Conf
     )
 
 
-class Starcoder2:
-    """Implements `CausalLM`."""
+class Starcoder2(RotaryDecoder):
+    """The whole model."""
 
     def __init__(self, config: Starcoder2Config, weights: RankWeights) -> None:
         check_divisible(weights.parallel, config.num_heads, config.num_kv_heads, config.inner_size)
@@ -85,18 +85,6 @@ class Starcoder2:
             Starcoder2Layer(config, heads, weights, f"model.layers.{index}") for index in range(config.num_layers)
         ]
         self._norm = LayerNorm(weights, "model.norm", hidden_size, config.norm_eps)
-
-    def forward(self, input_ids: Tensor, positions: Tensor, kv: Iterable[LayerKV], attention: PagedAttention) -> Tensor:
-        """See `CausalLM.forward`."""
-        hidden = self._vocabulary.embed(input_ids)
-        angles = self._rotary.angles(positions)
-        for layer, layer_kv in zip(self._layers, kv, strict=True):
-            hidden = layer(hidden, angles, layer_kv, attention)
-        return hidden
-
-    def logits(self, hidden: Tensor) -> Tensor | None:
-        """See `CausalLM.logits`."""
-        return self._vocabulary.logits(self._norm(hidden))
 
 
 class Starcoder2Layer:
