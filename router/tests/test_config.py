@@ -133,7 +133,6 @@ def test_block_size_that_no_kernel_has(block_size):
         RankConfig(block_size=block_size)
 
 
-@pytest.mark.parametrize("api_key", ["", "  "])
 def test_prompts_are_told_of_in_frames_that_are_not_too_long():
     batch = BatchConfig(max_batch_prefill_tokens=100_001)
     ServerConfig(batch=batch)
@@ -141,6 +140,7 @@ def test_prompts_are_told_of_in_frames_that_are_not_too_long():
         ServerConfig(batch=batch, api=ApiConfig(enable_prefill_logprobs=True))
 
 
+@pytest.mark.parametrize("api_key", ["", "  "])
 def test_key_that_would_guard_nothing(api_key):
     with pytest.raises(ConfigError, match="--api-key is empty"):
         ApiConfig(api_key=api_key)
