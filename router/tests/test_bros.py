@@ -216,6 +216,25 @@ def test_best_effort_never_takes_from_real_time():
     bench.run()
 
 
+def test_late_sequences_give_way_to_those_in_time_after_best_effort_ones_and_get_their_blocks_back():
+    bench = Bench(num_blocks=16, num_host_blocks=16, keeps_steps_short=False)
+    batch = bench.add(BE, 40, max_new_tokens=30)
+    late = bench.add(RT, 140, max_new_tokens=30, ttft_s=0.01)
+    for _ in range(3):
+        bench.step()
+    assert late.is_late and late.state is SequenceState.RUNNING
+    assert bench.scheduler.num_held_tokens() == 0
+    chats = [bench.add(RT, 60, max_new_tokens=10, ttft_s=1.0, tpot_s=0.2) for _ in range(3)]
+    bench.step()
+    assert [bench.kv.num_owned_blocks(one.sequence_id) for one in (batch, late, *chats)] == [0, 4, 4, 4, 4]
+    assert bench.scheduler.num_held_tokens() == 3 * 4 * 16
+    bench.run()
+    for sequence in (batch, late, *chats):
+        assert sequence.output_token_ids == expected_output(sequence)[0]
+    assert all(all(met_targets(chat)) for chat in chats)
+    assert bench.ranks.num_recomputed_tokens == 0
+
+
 def test_starving_work_waits_no_longer_after_the_ranks_were_replaced():
     """Steps are counted anew then, and so must be what hangs on their number."""
     bench = Bench(be_max_wait_s=1.0)
