@@ -11,7 +11,7 @@ TGI_CLIENT := .venv-tgi-client
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak schemathesis check format format-check lint types bench bench-kernels bench-quantisation bench-prefix bench-guidance eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak schemathesis check format format-check lint types bench bench-peers bench-kernels bench-quantisation bench-prefix bench-guidance eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -71,6 +71,10 @@ bench-quantisation: install-dev
 
 bench: install-dev
 	$(BIN)/python -m bros_benchmarks.serving
+
+# Installs the peers first: gigabytes. ARGS='--peers bros vllm --rounds 2' for less.
+bench-peers: install-dev
+	$(BIN)/python -m bros_benchmarks.peers $(ARGS)
 
 bench-prefix: install-dev
 	$(BIN)/python -m bros_benchmarks.prefix

@@ -1,0 +1,1 @@
+"""This server beside others, with the same weights on the same machine: `make bench-peers`."""
