@@ -169,7 +169,7 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
             replies=_either(compat_replies, chat_replies, completion_replies),
         ),
     )
-    yield generating("/vertex", vertex.vertex, _vertex_operation("vertex_compatibility", chat_body))
+    yield generating("/vertex", vertex.vertex, _vertex_operation(chat_body))
     yield Route(
         "POST",
         "/tokenize",
@@ -328,9 +328,9 @@ def _health_operation(name: str) -> Operation:
     return Operation(name=name, summary="Whether a request sent now would be served", failures=(503,))
 
 
-def _vertex_operation(name: str, chat_body: Schema) -> Operation:
+def _vertex_operation(chat_body: Schema) -> Operation:
     return Operation(
-        name=name,
+        name="vertex_compatibility",
         summary="Vertex AI: a text for each of several prompts or chats",
         body={
             "type": "object",

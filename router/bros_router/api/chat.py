@@ -169,12 +169,9 @@ class _Chat:
             for index, one in enumerate(told)
         ]
         replies = [one.reply for one in told]
-        first, head = replies[0], self.head
+        first = replies[0]
         completion = ChatCompletion(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            system_fingerprint=head.system_fingerprint,
+            **self.head.fields(),
             choices=choices,
             usage=usage(first.num_prompt_tokens, sum(reply.finish.num_generated_tokens for reply in replies)),
         )
@@ -262,12 +259,8 @@ class _Chat:
         )
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | None = None) -> ChatChunk:
-        head = self.head
         return ChatChunk(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            system_fingerprint=head.system_fingerprint,
+            **self.head.fields(),
             choices=choices,
             usage=usage,
         )

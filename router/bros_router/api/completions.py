@@ -194,22 +194,14 @@ class _Batch:
         return None if self.body.logprobs is None else completion_logprobs(tokens, num_shown)
 
     def _chunk(self, choice: CompletionChoice) -> CompletionChunk:
-        head = self.head
         return CompletionChunk(
-            id=head.id,
-            created=head.created,
+            **self.head.fields(),
             choices=[choice],
-            model=head.model,
-            system_fingerprint=head.system_fingerprint,
         )
 
     def _completion(self, choices: list[CompletionChoice], usage: Usage) -> Completion:
-        head = self.head
         return Completion(
-            id=head.id,
-            created=head.created,
-            model=head.model,
-            system_fingerprint=head.system_fingerprint,
+            **self.head.fields(),
             choices=choices,
             usage=usage,
         )

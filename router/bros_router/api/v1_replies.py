@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
@@ -212,6 +212,15 @@ class ReplyHead:
     #: Unix time, in seconds.
     created: int = field(default_factory=lambda: int(time.time()))
     system_fingerprint: str = _SYSTEM_FINGERPRINT
+
+    def fields(self) -> dict[str, Any]:
+        """As the arguments of a reply, or of an event of one."""
+        return {
+            "id": self.id,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": self.system_fingerprint,
+        }
 
 
 def usage(num_prompt_tokens: int, num_generated_tokens: int) -> Usage:
