@@ -96,8 +96,6 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
     inputs = {"inputs": "What is deep learning?", "parameters": {"max_new_tokens": 20}}
     messages = {"messages": [{"role": "user", "content": "What is deep learning?"}], "max_tokens": 20}
     prompt = {"prompt": "What is deep learning?", "max_tokens": 20}
-    chat_body: Schema = dialect.chat_decoder.type
-    completion_body: Schema = dialect.completion_decoder.type
     compat_replies = _json(_array(types.GenerateReply, length=1)) | _events(types.StreamEvent, types.ErrorReply)
     chat_replies = _json(v1_replies.ChatCompletion) | _events(v1_replies.ChatChunk, v1_replies.StreamFailureEvent)
     completion_replies = _json(v1_replies.Completion) | _events(
@@ -142,7 +140,7 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
         Operation(
             name="chat_completions",
             summary="Answer a chat: whole, or as a stream where the body says so",
-            body=chat_body,
+            body=dialect.chat_body,
             example=messages,
             replies=chat_replies,
         ),
@@ -153,7 +151,7 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
         Operation(
             name="completions",
             summary="Go on from one prompt or several: whole, or as a stream where the body says so",
-            body=completion_body,
+            body=dialect.completion_body,
             example=prompt,
             replies=completion_replies,
         ),
@@ -164,12 +162,12 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
         Operation(
             name="sagemaker_compatibility",
             summary="SageMaker: the body and the reply of `/`, `/v1/chat/completions` or `/v1/completions`",
-            body={"anyOf": [types.CompatGenerateRequest, chat_body, completion_body]},
+            body={"anyOf": [types.CompatGenerateRequest, dialect.chat_body, dialect.completion_body]},
             example=inputs,
             replies=_either(compat_replies, chat_replies, completion_replies),
         ),
     )
-    yield generating("/vertex", vertex.vertex, _vertex_operation(chat_body))
+    yield generating("/vertex", vertex.vertex, _vertex_operation(dialect.chat_body))
     yield Route(
         "POST",
         "/tokenize",
@@ -192,7 +190,7 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
         Operation(
             name="get_chat_tokenize",
             summary="The prompt that the template makes of a chat, and its tokens",
-            body=chat_body,
+            body=dialect.chat_body,
             example=messages,
             replies=_json(v1_replies.ChatTokenizeReply),
             failures=(*BODY_FAILURES, 429),

@@ -29,6 +29,16 @@ class Dialect(Protocol):
     """One way to read the bodies and to write the replies."""
 
     @property
+    def chat_body(self) -> type[AnyChatBody]:
+        """What `chat_decoder` makes."""
+        ...
+
+    @property
+    def completion_body(self) -> type[AnyCompletionBody]:
+        """What `completion_decoder` makes."""
+        ...
+
+    @property
     def chat_decoder(self) -> msgspec.json.Decoder[AnyChatBody]:
         """Of `/v1/chat/completions` and `/chat_tokenize`."""
         ...
@@ -88,6 +98,8 @@ class Dialect(Protocol):
 class OpenAIDialect:
     """What OpenAI's clients expect. Where they do not care, TGI's bytes."""
 
+    chat_body: type[AnyChatBody] = ChatBody
+    completion_body: type[AnyCompletionBody] = CompletionBody
     chat_decoder: msgspec.json.Decoder[AnyChatBody] = msgspec.json.Decoder(ChatBody)
     completion_decoder: msgspec.json.Decoder[AnyCompletionBody] = msgspec.json.Decoder(CompletionBody)
     cuts_stop_sequences = True
@@ -135,6 +147,8 @@ class OpenAIDialect:
 class TgiDialect:
     """TGI's bytes, odd ones included."""
 
+    chat_body: type[AnyChatBody] = TgiChatBody
+    completion_body: type[AnyCompletionBody] = TgiCompletionBody
     chat_decoder: msgspec.json.Decoder[AnyChatBody] = msgspec.json.Decoder(TgiChatBody)
     completion_decoder: msgspec.json.Decoder[AnyCompletionBody] = msgspec.json.Decoder(TgiCompletionBody)
     cuts_stop_sequences = False
