@@ -44,11 +44,13 @@ class Linear(Protocol):
 
 
 def gated(gate_up: Linear, activation: Activation) -> Linear:
-    """The function activation(gate(x)) * up(x), of one product: the features of gate, then those of up."""
+    """The function activation(gate(x)) * up(x), of one product: the features of gate, then those of up.
+
+    A residual is added to that product.
+    """
 
     def multiply(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        assert residual is None
-        gate, up = gate_up(x).chunk(2, -1)
+        gate, up = gate_up(x, residual).chunk(2, -1)
         return activation(gate).mul_(up)
 
     return multiply

@@ -1,19 +1,22 @@
-"""The C library of this package: where it is, what this processor must have, and its functions.
+"""The C libraries of this package, one for each set of instructions: which of them runs here, and its functions.
 
-`kernels/build_native.py` builds it when the package is installed. It has a plain C ABI and is called by `ctypes`, which
-lets go of the interpreter's lock meanwhile, so any PyTorch will do.
+`kernels/build_native.py` builds them when the package is installed, all of the same sources. They have a plain C ABI
+and are called by `ctypes`, which lets go of the interpreter's lock meanwhile, so any PyTorch will do.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import c_float, c_int, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-#: Beside this file, unless there was no compiler.
-LIBRARY: Final = Path(__file__).with_name("libbros.so")
+#: Where the libraries are, unless there was no compiler.
+FOLDER: Final = Path(__file__).parent
+#: The fastest first: AVX-512 with products of bfloat16 and int8, and AVX2 with fused multiply-add.
+INSTRUCTION_SETS: Final = ("avx512", "avx2")
 
 _FUNCTIONS: Final = {
     "bros_set_num_threads": (c_int,),
@@ -112,13 +115,15 @@ class CLayer(ctypes.Structure):
 
 
 @cache
-def _library() -> ctypes.CDLL:
-    if not LIBRARY.exists():
+def _library(instruction_set: str) -> ctypes.CDLL | None:
+    """The library; `None` where it does not run on this processor."""
+    path = FOLDER / f"libbros-{instruction_set}.so"
+    if not path.exists():
         raise NativeLibraryError("the C kernels were not built: no C compiler was found at installation")
-    library = ctypes.CDLL(str(LIBRARY))
+    library = ctypes.CDLL(str(path))
     library.bros_is_supported.restype = c_int
     if not library.bros_is_supported():
-        raise NativeLibraryError("this processor has no AVX-512 with products of bfloat16 and int8")
+        return None
     for name, argument_types in _FUNCTIONS.items():
         function = getattr(library, name)
         function.argtypes = argument_types
@@ -126,13 +131,18 @@ def _library() -> ctypes.CDLL:
     return library
 
 
-def load_library(num_threads: int) -> ctypes.CDLL:
-    """The library, which computes with `num_threads` threads from now on. It must be called by one thread at a time.
+def load_library(num_threads: int, instruction_sets: Sequence[str] = INSTRUCTION_SETS) -> ctypes.CDLL:
+    """The first library that runs here, which computes with `num_threads` threads from now on.
+
+    It must be called by one thread at a time.
 
     Raises:
-        NativeLibraryError: it does not run here.
+        NativeLibraryError: none does.
     """
-    library = _library()
+    library = next((found for name in instruction_sets if (found := _library(name)) is not None), None)
+    if library is None:
+        needed = ", ".join(instruction_sets)
+        raise NativeLibraryError(f"this processor lacks the instructions that they are made of ({needed})")
     error = library.bros_set_num_threads(num_threads)
     if error:
         raise NativeLibraryError(f"{num_threads} threads cannot be started: error {error}")

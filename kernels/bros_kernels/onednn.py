@@ -21,6 +21,8 @@ def packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Ten
     The operators are private to PyTorch, so nothing is assumed: they are tried, and compared with `F.linear`.
     """
     try:
+        if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return None
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_FOR_ROWS)
         multiply = torch.ops.mkldnn._linear_pointwise.default
 
@@ -33,5 +35,5 @@ def packed_linear(weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Ten
             return linear
         log.warning("packed weights do not reproduce the plain product")
     except (RuntimeError, AttributeError) as error:
-        log.info("weights are not packed on this processor", error=str(error))
+        log.info("weights are not packed", error=str(error))
     return None

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import pytest
 import torch
 
-from bros_kernels.kernels import Kernels, UnknownKernelsError, select_kernels
+from bros_kernels.cpu_kernels import CpuKernels
+from bros_kernels.native import INSTRUCTION_SETS, NativeLibraryError, load_library
 
-
-def _cpu_kernels(dtype: torch.dtype, has_int8_weights: bool = False) -> Kernels:
-    try:
-        return select_kernels("cpu", torch.device("cpu"), dtype, 2, has_int8_weights)
-    except UnknownKernelsError as error:
-        pytest.skip(str(error))
+#: Called with an instruction set, a dtype, and perhaps `has_int8_weights` and `num_threads`.
+MakeCpuKernels: TypeAlias = Callable[..., CpuKernels]
 
 
 @pytest.fixture(scope="session")
-def cpu_kernels() -> Kernels:
-    """The C kernels in bfloat16, with two threads."""
-    return _cpu_kernels(torch.bfloat16)
+def make_cpu_kernels() -> MakeCpuKernels:
+    """Make the C kernels for an instruction set; skips what this processor has not."""
+
+    def make(
+        instruction_set: str, dtype: torch.dtype, has_int8_weights: bool = False, num_threads: int = 2
+    ) -> CpuKernels:
+        try:
+            return CpuKernels(load_library(num_threads, [instruction_set]), dtype, has_int8_weights)
+        except NativeLibraryError as error:
+            pytest.skip(f"{instruction_set}: {error}")
+
+    return make
 
 
-@pytest.fixture(scope="session")
-def cpu_float32_kernels() -> Kernels:
-    """The same in float32."""
-    return _cpu_kernels(torch.float32)
-
-
-@pytest.fixture(scope="session")
-def cpu_int8_kernels() -> Kernels:
-    """The same in bfloat16 with int8 weights."""
-    return _cpu_kernels(torch.bfloat16, has_int8_weights=True)
+@pytest.fixture(params=INSTRUCTION_SETS)
+def cpu_kernels(request: pytest.FixtureRequest, make_cpu_kernels: MakeCpuKernels) -> Callable[..., CpuKernels]:
+    """The same for each instruction set in turn: `cpu_kernels(dtype)`."""
+    make_cpu_kernels(request.param, torch.bfloat16)
+    return lambda dtype, *arguments, **options: make_cpu_kernels(request.param, dtype, *arguments, **options)

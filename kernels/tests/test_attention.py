@@ -5,19 +5,21 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
+from bros_kernels.cpu_kernels import CpuKernels
 from bros_kernels.kernels import Kernels, select_kernels
 from bros_kernels.linear import RMSNorm
+from bros_kernels.native import INSTRUCTION_SETS
 from bros_kernels.paged_attention import AttentionLayer
 from bros_kernels.tails import copy_tails
 
@@ -29,14 +31,18 @@ def select(name: str, dtype: torch.dtype) -> Kernels:
     return select_kernels(name, CPU, dtype, num_threads=2)
 
 
-@pytest.fixture(params=["torch", "cpu", "cpu-float32"])
-def kind(request: pytest.FixtureRequest) -> tuple[Kernels, torch.dtype, int]:
+@pytest.fixture(
+    params=[("torch", torch.float32), *itertools.product(INSTRUCTION_SETS, (torch.bfloat16, torch.float32))],
+    ids=lambda kind: f"{kind[0]}-{kind[1]}",
+)
+def kind(
+    request: pytest.FixtureRequest, make_cpu_kernels: Callable[..., CpuKernels]
+) -> tuple[Kernels, torch.dtype, int]:
     """Kernels, and dtype and size of heads that they compute themselves."""
-    if request.param == "torch":
-        return select("torch", torch.float32), torch.float32, 16
-    if request.param == "cpu":
-        return request.getfixturevalue("cpu_kernels"), torch.bfloat16, 32
-    return request.getfixturevalue("cpu_float32_kernels"), torch.float32, 16
+    name, dtype = request.param
+    if name == "torch":
+        return select("torch", dtype), dtype, 16
+    return make_cpu_kernels(name, dtype), dtype, 32 if dtype == torch.bfloat16 else 16
 
 
 @dataclass(frozen=True)
@@ -327,10 +333,7 @@ def test_nan_of_a_key_or_value_reaches_those_who_see_it_and_nobody_else(
 steps_of_sequences = st.lists(st.tuples(st.integers(0, 150), st.integers(1, 40)), min_size=1, max_size=6)
 
 
-@pytest.mark.parametrize(
-    "name_and_dtype", [("torch", torch.float32), ("auto", torch.float32), ("auto", torch.bfloat16)], ids=str
-)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     past_and_new=steps_of_sequences,
     group=st.sampled_from([1, 2, 3]),
@@ -339,15 +342,14 @@ steps_of_sequences = st.lists(st.tuples(st.integers(0, 150), st.integers(1, 40))
     seed=st.integers(0, 1000),
 )
 def test_any_step_is_right_and_bit_equal_in_all_directions(
-    name_and_dtype: tuple[str, torch.dtype],
+    kind: tuple[Kernels, torch.dtype, int],
     past_and_new: list[tuple[int, int]],
     group: int,
     window: int | None,
     softcap: float | None,
     seed: int,
 ) -> None:
-    name, dtype = name_and_dtype
-    kernels = select(name, dtype)
+    kernels, dtype, _ = kind
     case = make_case([(past + new, new) for past, new in past_and_new], group=group, head_dim=32, dtype=dtype)
     forward = run(kernels, case, "+", window=window, softcap=softcap)
     assert_right(forward, case, window=window, softcap=softcap)
@@ -355,9 +357,8 @@ def test_any_step_is_right_and_bit_equal_in_all_directions(
         assert torch.equal(run(kernels, case, directions, window=window, softcap=softcap, seed=seed), forward)
 
 
-@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@settings(deadline=None, max_examples=80)
+@settings(deadline=None, max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     past_and_new=st.lists(
         st.tuples(st.one_of(st.integers(0, 150), st.integers(450, 1100)), st.integers(1, 40)), min_size=1, max_size=6
@@ -368,6 +369,7 @@ def test_any_step_is_right_and_bit_equal_in_all_directions(
     part=st.integers(1, 40),
 )
 def test_tokens_are_bit_equal_alone_in_any_batch_and_in_any_chunk(
+    cpu_kernels: Callable[..., CpuKernels],
     dtype: torch.dtype,
     past_and_new: list[tuple[int, int]],
     window: int | None,
@@ -375,7 +377,7 @@ def test_tokens_are_bit_equal_alone_in_any_batch_and_in_any_chunk(
     chosen: int,
     part: int,
 ) -> None:
-    kernels = select("cpu", dtype)
+    kernels = cpu_kernels(dtype)
     together = make_case([(past + new, new) for past, new in past_and_new], group=3, head_dim=32, dtype=dtype)
     chosen %= len(together.lengths)
     length, num_new = together.lengths[chosen]

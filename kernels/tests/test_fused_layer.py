@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional as F
 
 from bros_kernels.attn_meta import AttnMeta
-from bros_kernels.kernels import select_kernels
+from bros_kernels.cpu_kernels import CpuKernels
 from bros_kernels.linear import RMSNorm
 from bros_kernels.paged_attention import AttentionLayer
 
-CPU = torch.device("cpu")
 SIZE, INNER_SIZE, HEAD_DIM, NUM_HEADS, NUM_KV_HEADS = 48, 96, 32, 6, 2
 
 
-@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("has_int8_weights", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("num_new", [1, 40])
-def test_layer_has_the_bits_of_its_parts(num_new: int, dtype: torch.dtype, has_int8_weights: bool) -> None:
+def test_layer_has_the_bits_of_its_parts(
+    cpu_kernels: Callable[..., CpuKernels], num_new: int, dtype: torch.dtype, has_int8_weights: bool
+) -> None:
     """Two sequences: one decodes at the end of a second span, one brings `num_new` tokens."""
-    kernels = select_kernels("cpu", CPU, dtype, 2, has_int8_weights)
+    kernels = cpu_kernels(dtype, has_int8_weights)
 
     def normal(*sizes: int) -> torch.Tensor:
         return torch.randn(sizes).to(dtype)
@@ -64,9 +66,8 @@ def test_layer_has_the_bits_of_its_parts(num_new: int, dtype: torch.dtype, has_i
     assert torch.equal(k, region[0]) and torch.equal(v, region[1])
 
 
-@pytest.mark.usefixtures("cpu_kernels")
-def test_layer_of_other_parts_has_no_single_call() -> None:
-    kernels = select_kernels("cpu", CPU, torch.bfloat16, 2)
+def test_layer_of_other_parts_has_no_single_call(cpu_kernels: Callable[..., CpuKernels]) -> None:
+    kernels = cpu_kernels(torch.bfloat16)
     layer = AttentionLayer(num_heads=1, num_kv_heads=1, head_dim=33, scale=1.0)
     linear = kernels.linear(torch.randn(32, 32).bfloat16())
     gelu = kernels.gated_linear(torch.randn(64, 32).bfloat16(), None, F.gelu, None)

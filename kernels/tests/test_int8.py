@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
+from bros_kernels.cpu_kernels import CpuKernels
 from bros_kernels.int8 import Int8Weight, round_rows
 from bros_kernels.kernels import Kernels, select_kernels
 from bros_kernels.linear import RMSNorm
+from bros_kernels.native import INSTRUCTION_SETS
+from bros_kernels.torch_kernels import TorchKernels
 
 CPU = torch.device("cpu")
 DTYPES = (torch.bfloat16, torch.float32)
 
 
-@pytest.fixture(params=["torch", "cpu"])
-def kernels(request: pytest.FixtureRequest) -> Kernels:
+@pytest.fixture(params=["torch", *INSTRUCTION_SETS])
+def kernels(request: pytest.FixtureRequest, make_cpu_kernels: Callable[..., CpuKernels]) -> Kernels:
     """Kernels in bfloat16 with int8 weights."""
-    if request.param == "cpu":
-        return request.getfixturevalue("cpu_int8_kernels")
-    return select_kernels("torch", CPU, torch.bfloat16, 2, has_int8_weights=True)
+    if request.param == "torch":
+        return select_kernels("torch", CPU, torch.bfloat16, 2, has_int8_weights=True)
+    return make_cpu_kernels(request.param, torch.bfloat16, has_int8_weights=True)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -49,9 +53,8 @@ def test_integers_of_pytorch_are_exact(num_columns: int) -> None:
         assert torch.equal(int8.multiply(x, None), expected)
 
 
-@pytest.mark.usefixtures("cpu_kernels")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     num_rows=st.integers(1, 250),
     out_features=st.integers(1, 150),
@@ -61,6 +64,7 @@ def test_integers_of_pytorch_are_exact(num_columns: int) -> None:
     seed=st.integers(0, 1000),
 )
 def test_c_kernels_give_the_bits_of_pytorch(
+    cpu_kernels: Callable[..., CpuKernels],
     dtype: torch.dtype,
     num_rows: int,
     out_features: int,
@@ -78,8 +82,8 @@ def test_c_kernels_give_the_bits_of_pytorch(
     x = normal(num_rows, 2 * in_features)[:, :in_features] * normal(num_rows, 1)  # rows that lie apart
     residual = normal(num_rows, out_features) if has_residual else None
     found, expected = (
-        select_kernels(name, CPU, dtype, 2, has_int8_weights=True).linear(weight, bias)(x, residual)
-        for name in ("cpu", "torch")
+        kernels.linear(weight, bias)(x, residual)
+        for kernels in (cpu_kernels(dtype, has_int8_weights=True), TorchKernels(dtype, has_int8_weights=True))
     )
     assert torch.equal(found, expected)
 

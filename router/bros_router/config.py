@@ -320,8 +320,8 @@ class RankConfig:
     )
     kernels: str = flag(
         "auto",
-        "What the model computes with; cpu: C kernels for bfloat16 and float32 on AVX-512, torch: PyTorch's, slower; "
-        "auto: the fastest that runs.",
+        "What the model computes with; cpu: C kernels for bfloat16 and float32 on AVX2 or AVX-512, torch: PyTorch's, "
+        "slower; auto: the fastest that runs.",
         choices=("auto", "cpu", "torch"),
         is_ours=True,
     )

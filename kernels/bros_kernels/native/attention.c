@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "avx512.h"
+#include "simd.h"
 
 /* Keys of a tile: two panels. In bf16, scores of 48 rows and the packed panels of heads of 64 numbers take 34 KB of
  * L2. */
@@ -28,23 +28,23 @@ struct attend_job {
 enum { TILE_TOKENS = 8 };
 
 /* Turn the pairs (i, i + rotary_dim / 2) of one head by a position's angles. */
-AVX512_INLINE void rotate(void *x, int64_t rotary_dim, const void *cos, const void *sin, const int dtype)
+SIMD_INLINE void rotate(void *x, int64_t rotary_dim, const void *cos, const void *sin, const int dtype)
 {
     const int64_t half = rotary_dim / 2;
     for (int64_t d = 0; d < half; d += 16) {
-        const __mmask16 lanes = lanes_below(half - d);
-        __m512 low = load_numbers(x, d, lanes, dtype), high = load_numbers(x, half + d, lanes, dtype);
-        __m512 new_low = _mm512_mul_ps(low, load_numbers(cos, d, lanes, dtype));
-        __m512 new_high = _mm512_mul_ps(high, load_numbers(cos, half + d, lanes, dtype));
-        new_low = _mm512_fmadd_ps(high, load_numbers(sin, d, lanes, dtype), new_low);
-        new_high = _mm512_fmadd_ps(low, load_numbers(sin, half + d, lanes, dtype), new_high);
-        store_numbers(x, d, new_low, lanes, dtype);
-        store_numbers(x, half + d, new_high, lanes, dtype);
+        const int64_t count = half - d;
+        floats low = load_numbers(x, d, count, dtype), high = load_numbers(x, half + d, count, dtype);
+        floats new_low = f_mul(low, load_numbers(cos, d, count, dtype));
+        floats new_high = f_mul(high, load_numbers(cos, half + d, count, dtype));
+        new_low = f_fma(high, load_numbers(sin, d, count, dtype), new_low);
+        new_high = f_fma(low, load_numbers(sin, half + d, count, dtype), new_high);
+        store_numbers(x, d, new_low, count, dtype);
+        store_numbers(x, half + d, new_high, count, dtype);
     }
 }
 
 /* One token's queries and keys as they are attended to; its keys and values in their slots. */
-AVX512_INLINE void prepare(const struct attend_job *job, int64_t token, const int dtype)
+SIMD_INLINE void prepare(const struct attend_job *job, int64_t token, const int dtype)
 {
     const struct bros_attention *attention = job->attention;
     const int64_t num_heads = attention->num_heads, head_dim = attention->head_dim;
@@ -67,7 +67,7 @@ AVX512_INLINE void prepare(const struct attend_job *job, int64_t token, const in
 
 #define PREPARE(DTYPE) prepare(job, token, DTYPE)
 
-AVX512 static void prepare_tile(const void *argument, int64_t tile)
+SIMD static void prepare_tile(const void *argument, int64_t tile)
 {
     const struct attend_job *job = argument;
     int64_t stop = (tile + 1) * TILE_TOKENS < job->step->num_tokens ? (tile + 1) * TILE_TOKENS : job->step->num_tokens;
@@ -94,32 +94,6 @@ struct scratch {
     _Alignas(64) float spans[2][BROS_MAX_QUERY_ROWS * MAX_ROW_FLOATS]; /* rows of the spans so far, and of one */
 };
 
-/* out[i][j] = in[j][i], of 16 x 16 numbers of 32 bits; rows of `out` are out_stride bytes apart. */
-AVX512_INLINE void transpose_16x16(const __m512i in[16], char *out, int64_t out_stride)
-{
-    __m512i a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {
-        a[i] = _mm512_unpacklo_epi32(in[i], in[i + 1]);
-        a[i + 1] = _mm512_unpackhi_epi32(in[i], in[i + 1]);
-    }
-    for (int i = 0; i < 16; i += 4) {
-        b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
-        b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
-        b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
-        b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
-        a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
-        a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
-        a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        _mm512_store_si512(out + i * out_stride, _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88));
-        _mm512_store_si512(out + (i + 8) * out_stride, _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd));
-    }
-}
-
 /* Where 16 keys lie that begin at a multiple of 16: in one block, so at a constant distance. */
 struct group {
     int64_t first; /* number, from the start of the layer's keys, of the first one's head */
@@ -135,7 +109,7 @@ static struct group locate(const struct attend_job *job, const int32_t *entries,
 }
 
 /* Fetch the 16 keys of `region` from `position`, where that is before `stop`. */
-AVX512_INLINE void prefetch(const struct attend_job *job, const int32_t *entries, int64_t position, int64_t stop,
+SIMD_INLINE void prefetch(const struct attend_job *job, const int32_t *entries, int64_t position, int64_t stop,
                             int64_t kv_head, const void *region, const int dtype)
 {
     if (position >= stop)
@@ -156,7 +130,7 @@ static int64_t padded_units(int64_t head_dim, int dtype)
 
 /* Lay keys [start, start + count) out as panels of 32 keys; those beyond `count` hold anything. Meanwhile fetch the
  * tile after it, up to `stop`: a few lines at a time, since more than the core can wait for at once would stop it. */
-AVX512_INLINE void pack_keys(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t count,
+SIMD_INLINE void pack_keys(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t count,
                              int64_t stop, int64_t kv_head, char *panels, const int dtype)
 {
     const int64_t num_units = job->attention->head_dim * number_bytes(dtype) / UNIT_BYTES;
@@ -167,27 +141,15 @@ AVX512_INLINE void pack_keys(const struct attend_job *job, const int32_t *entrie
         const char *keys = number_at(job->k, group.first, dtype);
         const int64_t key_bytes = group.step * number_bytes(dtype);
         char *panel = panels + done / PANEL * panel_bytes + done % PANEL * UNIT_BYTES;
-        for (int64_t at = 0; at < num_units; at += 16) {
-            const __mmask16 lanes = lanes_below(num_units - at);
-            __m512i rows[16];
-            for (int i = 0; i < 16; i++)
-                rows[i] = _mm512_maskz_loadu_epi32(lanes, keys + i * key_bytes + at * UNIT_BYTES);
-            transpose_16x16(rows, panel + at * PANEL_UNIT_BYTES, PANEL_UNIT_BYTES);
-        }
+        for (int64_t at = 0; at < num_units; at += 16)
+            transpose_units(keys + at * UNIT_BYTES, key_bytes, num_units - at, panel + at * PANEL_UNIT_BYTES,
+                            PANEL_UNIT_BYTES);
     }
-}
-
-/* Of two values in bf16, 32 numbers each: those of the same place side by side, for 16 places from `first`. */
-AVX512_INLINE __m512i interleave(__m512i even, __m512i odd, const int first)
-{
-    const __m512i places = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
-                                            37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    return _mm512_permutex2var_epi16(even, _mm512_add_epi16(places, _mm512_set1_epi16((short)first)), odd);
 }
 
 /* Lay values [start, start + count) out as panels of 32 numbers, in bf16 keys in pairs, of which an odd one is paired
  * with zeros. Meanwhile fetch the tile after it, up to `stop`. */
-AVX512_INLINE void pack_values(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t count,
+SIMD_INLINE void pack_values(const struct attend_job *job, const int32_t *entries, int64_t start, int64_t count,
                                int64_t stop, int64_t kv_head, char *panels, const int dtype)
 {
     const int64_t head_dim = job->attention->head_dim, unit_keys = UNIT_BYTES / number_bytes(dtype);
@@ -199,19 +161,14 @@ AVX512_INLINE void pack_values(const struct attend_job *job, const int32_t *entr
         const int64_t key_bytes = group.step * number_bytes(dtype);
         const int64_t num_keys = count - done < GROUP_KEYS ? count - done : GROUP_KEYS;
         for (int64_t d = 0; d < head_dim; d += PANEL) {
-            const __mmask16 lower = lanes_below(head_dim - d), upper = lanes_below(head_dim - d - 16);
-            const __mmask32 lanes = (__mmask32)upper << 16 | lower;
             char *unit = panels + d / PANEL * panel_bytes + done / unit_keys * PANEL_UNIT_BYTES;
             for (int64_t i = 0; i < num_keys; i += unit_keys, unit += PANEL_UNIT_BYTES) {
                 const char *value = values + i * key_bytes + d * number_bytes(dtype);
                 if (dtype == BROS_FLOAT32) {
-                    _mm512_store_ps(unit, load_numbers(value, 0, lower, dtype));
-                    _mm512_store_ps(unit + 64, load_numbers(value, 16, upper, dtype));
+                    f_store((float *)unit, load_numbers(value, 0, head_dim - d, dtype));
+                    f_store((float *)unit + 16, load_numbers(value, 16, head_dim - d - 16, dtype));
                 } else {
-                    __m512i even = _mm512_maskz_loadu_epi16(lanes, value);
-                    __m512i odd = _mm512_maskz_loadu_epi16(i + 1 < num_keys ? lanes : 0, value + key_bytes);
-                    _mm512_store_si512(unit, interleave(even, odd, 0));
-                    _mm512_store_si512(unit + 64, interleave(even, odd, 16));
+                    interleave_bf16(value, i + 1 < num_keys ? value + key_bytes : NULL, head_dim - d, unit);
                 }
             }
         }
@@ -221,19 +178,19 @@ AVX512_INLINE void pack_values(const struct attend_job *job, const int32_t *entr
 static int unit_of(int dtype) { return dtype == BROS_BF16 ? BF16_PAIR : FLOAT32_ONE; }
 
 /* scores = q @ keys, of `rows` rows from `row` and one panel of keys. */
-AVX512_INLINE void score(struct scratch *scratch, int64_t head_dim, int64_t row, int64_t first_key, const int rows,
+SIMD_INLINE void score(struct scratch *scratch, int64_t head_dim, int64_t row, int64_t first_key, const int rows,
                          const int dtype)
 {
-    const int64_t q_stride = head_dim * number_bytes(dtype);
-    __m512 sums[MAX_ROWS][2];
+    const int64_t q_stride = head_dim * number_bytes(row_dtype(dtype));
+    floats sums[MAX_ROWS][2];
     for (int r = 0; r < rows; r++)
-        sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+        sums[r][0] = sums[r][1] = f_all(0.0f);
     multiply_panel(sums, rows, scratch->q + row * q_stride, q_stride,
-                   scratch->keys + first_key * padded_units(head_dim, dtype) * UNIT_BYTES, q_stride / UNIT_BYTES, NULL,
-                   0, unit_of(dtype));
+                   scratch->keys + first_key * padded_units(head_dim, dtype) * UNIT_BYTES,
+                   head_dim * number_bytes(dtype) / UNIT_BYTES, NULL, 0, unit_of(dtype));
     for (int r = 0; r < rows; r++) {
-        _mm512_store_ps(&scratch->scores[row + r][first_key], sums[r][0]);
-        _mm512_store_ps(&scratch->scores[row + r][first_key + 16], sums[r][1]);
+        f_store(&scratch->scores[row + r][first_key], sums[r][0]);
+        f_store(&scratch->scores[row + r][first_key + 16], sums[r][1]);
     }
 }
 
@@ -241,60 +198,60 @@ AVX512_INLINE void score(struct scratch *scratch, int64_t head_dim, int64_t row,
 static inline float shift_of(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 
 /* What brings numbers relative to the maximum `old` to `maximum`. */
-AVX512_INLINE float rescale_of(float old, float maximum)
+SIMD_INLINE float rescale_of(float old, float maximum)
 {
-    return _mm512_cvtss_f32(exp2_ps(_mm512_set1_ps(old - shift_of(maximum))));
+    return f_first(exp2_of(f_all(old - shift_of(maximum))));
 }
 
 /* The weights of a row's keys, of which it sees [first, stop) of this tile: exp2(score - maximum so far). */
-AVX512_INLINE void weigh(const struct attend_job *job, const float scores[TILE_KEYS], char *weights, float *row,
+SIMD_INLINE void weigh(const struct attend_job *job, const float scores[TILE_KEYS], char *weights, float *row,
                          int64_t first, int64_t stop, const int dtype)
 {
-    const __m512 nothing = _mm512_set1_ps(-INFINITY);
-    __m512 seen[TILE_KEYS / 16], largest = nothing;
+    const floats nothing = f_all(-INFINITY);
+    floats seen[TILE_KEYS / 16], largest = nothing;
     for (int i = 0; i < TILE_KEYS / 16; i++) {
-        __mmask16 is_seen = lanes_below(stop - 16 * i) & ~lanes_below(first - 16 * i);
-        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(scores + 16 * i), _mm512_set1_ps(job->scale));
+        lanes is_seen = lanes_below(stop - 16 * i) & ~lanes_below(first - 16 * i);
+        floats scaled = f_mul(f_load(scores + 16 * i), f_all(job->scale));
         if (job->cap != 0.0f)
-            scaled = _mm512_mul_ps(tanh_ps(scaled), _mm512_set1_ps(job->cap));
-        seen[i] = _mm512_mask_mov_ps(nothing, is_seen, scaled);
-        largest = _mm512_max_ps(largest, seen[i]);
+            scaled = f_mul(tanh_of(scaled), f_all(job->cap));
+        seen[i] = f_where(is_seen, scaled, nothing);
+        largest = f_max(largest, seen[i]);
     }
-    float maximum = fmaxf(row[MAXIMUM], _mm512_reduce_max_ps(largest));
-    __m512 shift = _mm512_set1_ps(shift_of(maximum)), total = _mm512_setzero_ps();
+    float maximum = fmaxf(row[MAXIMUM], f_largest(largest));
+    floats shift = f_all(shift_of(maximum)), total = f_all(0.0f);
     for (int i = 0; i < TILE_KEYS / 16; i++) {
-        __m512 weight = exp2_ps(_mm512_sub_ps(seen[i], shift));
-        total = _mm512_add_ps(total, weight);
-        store_numbers(weights, 16 * i, weight, 0xffff, dtype);
+        floats weight = exp2_of(f_sub(seen[i], shift));
+        total = f_add(total, weight);
+        store_numbers(weights, 16 * i, weight, 16, row_dtype(dtype));
     }
     row[RESCALE] = rescale_of(row[MAXIMUM], maximum);
-    _mm512_store_ps(row, _mm512_fmadd_ps(_mm512_load_ps(row), _mm512_set1_ps(row[RESCALE]), total));
+    f_store(row, f_fma(f_load(row), f_all(row[RESCALE]), total));
     row[MAXIMUM] = maximum;
 }
 
 /* sums = sums * rescale + weights @ values, of `rows` rows and one panel of numbers from `d`. `at`: the first row. */
-AVX512_INLINE void accumulate(struct scratch *scratch, float *at, int64_t stride, int64_t row, int64_t d,
+SIMD_INLINE void accumulate(struct scratch *scratch, float *at, int64_t stride, int64_t row, int64_t d,
                               int64_t num_keys, const int rows, const int dtype)
 {
-    const int64_t unit_keys = UNIT_BYTES / number_bytes(dtype), weights_stride = TILE_KEYS * number_bytes(dtype);
-    __m512 sums[MAX_ROWS][2];
+    const int64_t unit_keys = UNIT_BYTES / number_bytes(dtype);
+    const int64_t weights_stride = TILE_KEYS * number_bytes(row_dtype(dtype));
+    floats sums[MAX_ROWS][2];
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < 2; half++)
-            sums[r][half] = _mm512_mul_ps(_mm512_load_ps(at + r * stride + SUMS + d + 16 * half),
-                                          _mm512_set1_ps(at[r * stride + RESCALE]));
+            sums[r][half] = f_mul(f_load(at + r * stride + SUMS + d + 16 * half), f_all(at[r * stride + RESCALE]));
     multiply_panel(sums, rows, scratch->weights + row * weights_stride, weights_stride,
                    scratch->values + d / PANEL * (TILE_KEYS / unit_keys) * PANEL_UNIT_BYTES,
                    (num_keys + unit_keys - 1) / unit_keys, NULL, 0, unit_of(dtype));
     for (int r = 0; r < rows; r++)
         for (int half = 0; half < 2; half++)
-            _mm512_store_ps(at + r * stride + SUMS + d + 16 * half, sums[r][half]);
+            f_store(at + r * stride + SUMS + d + 16 * half, sums[r][half]);
 }
 
 #define SCORE(ROWS) score(scratch, head_dim, row, first_key, ROWS, dtype)
 #define ACCUMULATE(ROWS) accumulate(scratch, rows + row * stride, stride, row, d, num_keys, ROWS, dtype)
 
 /* `rows` = the softmax of the queries in `scratch`, over keys [start, stop). */
-AVX512_INLINE void attend_span(const struct attend_job *job, const struct bros_queries *queries, int64_t kv_head,
+SIMD_INLINE void attend_span(const struct attend_job *job, const struct bros_queries *queries, int64_t kv_head,
                                int64_t start, int64_t stop, struct scratch *scratch, float *rows, const int dtype)
 {
     const struct bros_attention *attention = job->attention;
@@ -316,7 +273,7 @@ AVX512_INLINE void attend_span(const struct attend_job *job, const struct bros_q
         for (int64_t row = 0; row < num_rows; row++) {
             int64_t position = queries->first_position + row / group;
             int64_t first = attention->window ? position + 1 - attention->window - start : 0;
-            char *weights = scratch->weights + row * TILE_KEYS * number_bytes(dtype);
+            char *weights = scratch->weights + row * TILE_KEYS * number_bytes(row_dtype(dtype));
             weigh(job, scratch->scores[row], weights, rows + row * stride, first, position + 1 - start, dtype);
         }
         for (int64_t d = 0; d < head_dim; d += PANEL)
@@ -328,30 +285,30 @@ AVX512_INLINE void attend_span(const struct attend_job *job, const struct bros_q
 }
 
 /* row = row and the span after it. Where either saw nothing, the other stays to the last bit. */
-AVX512_INLINE void merge_row(float *row, const float *span, int64_t stride)
+SIMD_INLINE void merge_row(float *row, const float *span, int64_t stride)
 {
     float maximum = fmaxf(row[MAXIMUM], span[MAXIMUM]);
-    __m512 rescale = _mm512_set1_ps(rescale_of(row[MAXIMUM], maximum));
-    __m512 span_rescale = _mm512_set1_ps(rescale_of(span[MAXIMUM], maximum));
+    const floats rescale = f_all(rescale_of(row[MAXIMUM], maximum));
+    const floats span_rescale = f_all(rescale_of(span[MAXIMUM], maximum));
     for (int64_t i = 0; i < stride; i += i == 0 ? SUMS : 16) {
-        __m512 scaled = _mm512_mul_ps(_mm512_load_ps(row + i), rescale);
-        _mm512_store_ps(row + i, _mm512_fmadd_ps(_mm512_load_ps(span + i), span_rescale, scaled));
+        floats scaled = f_mul(f_load(row + i), rescale);
+        f_store(row + i, f_fma(f_load(span + i), span_rescale, scaled));
     }
     row[MAXIMUM] = maximum;
 }
 
 /* What was attended to by `num_tokens` tokens, whose rows are complete. */
-AVX512_INLINE void store_rows(const struct attend_job *job, int64_t first_token, int64_t num_tokens, int64_t kv_head,
+SIMD_INLINE void store_rows(const struct attend_job *job, int64_t first_token, int64_t num_tokens, int64_t kv_head,
                               const float *rows, const int dtype)
 {
     const int64_t num_heads = job->attention->num_heads, head_dim = job->attention->head_dim;
     const int64_t group = num_heads / job->attention->num_kv_heads, stride = row_floats(head_dim);
     for (int64_t row = 0; row < num_tokens * group; row++, rows += stride) {
         int64_t token = first_token + row / group, head = kv_head * group + row % group;
-        __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(_mm512_load_ps(rows)));
+        const floats inverse = f_all(1.0f / f_sum(f_load(rows)));
         for (int64_t d = 0; d < head_dim; d += 16)
             store_numbers(job->out, (token * num_heads + head) * head_dim + d,
-                          _mm512_mul_ps(_mm512_load_ps(rows + SUMS + d), inverse), lanes_below(head_dim - d), dtype);
+                          f_mul(f_load(rows + SUMS + d), inverse), head_dim - d, dtype);
     }
 }
 
@@ -361,7 +318,7 @@ static float *part_rows(const struct attend_job *job, int64_t part, int64_t kv_h
     return job->parts + (kv_head * job->step->num_part_rows + part) * row_floats(job->attention->head_dim);
 }
 
-AVX512_INLINE void attend(const struct attend_job *job, const struct bros_queries *queries, int64_t kv_head,
+SIMD_INLINE void attend(const struct attend_job *job, const struct bros_queries *queries, int64_t kv_head,
                           const int dtype)
 {
     const struct bros_attention *attention = job->attention;
@@ -370,9 +327,10 @@ AVX512_INLINE void attend(const struct attend_job *job, const struct bros_querie
     struct scratch scratch_of_this_call, *scratch = &scratch_of_this_call;
     for (int64_t row = 0; row < num_rows; row++) {
         int64_t token = queries->first_token + row / group, head = kv_head * group + row % group;
-        memcpy(number_at(scratch->q, row * head_dim, dtype),
-               number_at(job->qkv, token * job->qkv_stride + head * head_dim, dtype),
-               (size_t)(head_dim * number_bytes(dtype)));
+        for (int64_t d = 0; d < head_dim; d += 16)
+            store_numbers(scratch->q, row * head_dim + d,
+                          load_numbers(job->qkv, token * job->qkv_stride + head * head_dim + d, head_dim - d, dtype),
+                          head_dim - d, row_dtype(dtype));
     }
     /* No row sees what lies before this one. */
     int64_t seen = attention->window ? (queries->first_position + 1 - attention->window) / TILE_KEYS * TILE_KEYS : 0;
@@ -393,7 +351,7 @@ AVX512_INLINE void attend(const struct attend_job *job, const struct bros_querie
 
 #define ATTEND(DTYPE) attend(job, queries, kv_head, DTYPE)
 
-AVX512 static void attend_tile(const void *argument, int64_t tile)
+SIMD static void attend_tile(const void *argument, int64_t tile)
 {
     const struct attend_job *job = argument;
     const int64_t num_kv_heads = job->attention->num_kv_heads, kv_head = tile % num_kv_heads;
@@ -404,7 +362,7 @@ AVX512 static void attend_tile(const void *argument, int64_t tile)
 #define STORE_ROWS(DTYPE) store_rows(job, split->first_token, split->num_tokens, kv_head, rows, DTYPE)
 
 /* Merge the parts of a split sequence. */
-AVX512 static void merge_tile(const void *argument, int64_t tile)
+SIMD static void merge_tile(const void *argument, int64_t tile)
 {
     const struct attend_job *job = argument;
     const struct bros_attention *attention = job->attention;

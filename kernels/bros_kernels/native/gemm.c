@@ -3,7 +3,7 @@
 #include <math.h>
 #include <string.h>
 
-#include "avx512.h"
+#include "simd.h"
 
 void bros_pack_weight(const char *w, int64_t n, int64_t row_bytes, char *packed)
 {
@@ -41,50 +41,51 @@ struct multiply_job {
 };
 
 /* The results of a register tile's sums: `rows` rows from `row`, the panel's 32 columns. */
-AVX512 static __attribute__((noinline)) void finish(const struct multiply_job *job, int64_t row, int64_t panel,
-                                                    __m512 sums[MAX_ROWS][2], int rows)
+SIMD static __attribute__((noinline)) void finish(const struct multiply_job *job, int64_t row, int64_t panel,
+                                                  floats sums[MAX_ROWS][2], int rows)
 {
     const struct bros_linear *linear = job->linear;
     const int64_t column = panel * PANEL;
+    const int is_gated = linear->epilogue == BROS_SILU_MUL;
     for (int half = 0; half < 2; half++) {
-        const int64_t at = column + 16 * half;
-        const __mmask16 is_column = lanes_below(linear->n - at);
+        const int64_t at = column + 16 * half, count = linear->n - at;
+        /* Where this half's columns are in what is added: there, those of gate come first, then those of up. */
+        const int64_t added = is_gated ? half * (linear->n / 2) + column / 2 : at;
         for (int r = 0; linear->scales && r < rows; r++) {
-            __m512 sum = _mm512_mul_ps(sums[r][half], _mm512_set1_ps(job->scales[row + r].scale));
-            sums[r][half] = _mm512_mul_ps(sum, _mm512_maskz_loadu_ps(is_column, linear->scales + at));
+            floats sum = f_mul(sums[r][half], f_all(job->scales[row + r].scale));
+            sums[r][half] = f_mul(sum, load_numbers(linear->scales, at, count, BROS_FLOAT32));
         }
         for (int r = 0; linear->bias && r < rows; r++)
-            sums[r][half] = _mm512_add_ps(sums[r][half], _mm512_maskz_loadu_ps(is_column, linear->bias + at));
-        for (int r = 0; linear->epilogue == BROS_STORE && r < rows; r++) {
-            const int64_t to = (row + r) * linear->n + at;
-            if (job->residual)
-                sums[r][half] = _mm512_add_ps(sums[r][half], load_numbers(job->residual, to, is_column, linear->dtype));
-            store_numbers(job->out, to, sums[r][half], is_column, linear->dtype);
-        }
+            sums[r][half] = f_add(sums[r][half], load_numbers(linear->bias, at, count, BROS_FLOAT32));
+        for (int r = 0; job->residual && r < rows; r++)
+            sums[r][half] = f_add(
+                sums[r][half], load_numbers(job->residual, (row + r) * linear->n + added, count, linear->dtype));
+        for (int r = 0; !is_gated && r < rows; r++)
+            store_numbers(job->out, (row + r) * linear->n + at, sums[r][half], count, linear->dtype);
     }
-    for (int r = 0; linear->epilogue == BROS_SILU_MUL && r < rows; r++)
-        store_numbers(job->out, (row + r) * (linear->n / 2) + column / 2, _mm512_mul_ps(silu(sums[r][0]), sums[r][1]),
-                      0xffff, linear->dtype);
+    for (int r = 0; is_gated && r < rows; r++)
+        store_numbers(job->out, (row + r) * (linear->n / 2) + column / 2, f_mul(silu(sums[r][0]), sums[r][1]), 16,
+                      linear->dtype);
 }
 
 /* One register tile: `rows` rows from `row`, the panel's 32 columns. */
-AVX512_INLINE void multiply(const struct multiply_job *job, int64_t row, int64_t panel, const char *next,
+SIMD_INLINE void multiply(const struct multiply_job *job, int64_t row, int64_t panel, const char *next,
                             const int next_lines, const int rows, const int unit)
 {
     const char *x = job->x + row * job->x_stride;
     const char *weights = job->linear->packed + panel * job->num_units * PANEL_UNIT_BYTES;
-    __m512 sums[MAX_ROWS][2];
+    floats sums[MAX_ROWS][2];
     if (unit == INT8_QUAD) {
-        int32x16 totals[MAX_ROWS][2];
+        ints totals[MAX_ROWS][2];
         for (int r = 0; r < rows; r++)
-            totals[r][0] = totals[r][1] = (int32x16)_mm512_set1_epi32(job->scales[row + r].start);
+            totals[r][0] = totals[r][1] = i_all(job->scales[row + r].start);
         multiply_int8_panel(totals, rows, x, job->x_stride, weights, job->num_units, next, next_lines, unit);
         for (int r = 0; r < rows; r++)
             for (int half = 0; half < 2; half++)
-                sums[r][half] = _mm512_cvtepi32_ps((__m512i)totals[r][half]);
+                sums[r][half] = f_of_ints(totals[r][half]);
     } else {
         for (int r = 0; r < rows; r++)
-            sums[r][0] = sums[r][1] = _mm512_setzero_ps();
+            sums[r][0] = sums[r][1] = f_all(0.0f);
         multiply_panel(sums, rows, x, job->x_stride, weights, job->num_units, next, next_lines, unit);
     }
     finish(job, row, panel, sums, rows);
@@ -93,7 +94,7 @@ AVX512_INLINE void multiply(const struct multiply_job *job, int64_t row, int64_t
 #define MULTIPLY_ALONE(ROWS) multiply(job, row, panel, next, 2, ROWS, unit)
 #define MULTIPLY_IN_TURN(ROWS) multiply(job, row, panel, next, 1, ROWS, unit)
 
-AVX512_INLINE void multiply_panels(const struct multiply_job *job, int64_t tile, const int unit)
+SIMD_INLINE void multiply_panels(const struct multiply_job *job, int64_t tile, const int unit)
 {
     const int64_t panel_bytes = job->num_units * PANEL_UNIT_BYTES;
     int64_t first_row = tile / job->tiles_per_row * ROWS_PER_TILE;
@@ -118,7 +119,7 @@ AVX512_INLINE void multiply_panels(const struct multiply_job *job, int64_t tile,
     }
 }
 
-AVX512 static void multiply_tile(const void *argument, int64_t tile)
+SIMD static void multiply_tile(const void *argument, int64_t tile)
 {
     const struct multiply_job *job = argument;
     switch (job->unit) {
@@ -128,81 +129,90 @@ AVX512 static void multiply_tile(const void *argument, int64_t tile)
     }
 }
 
-/* Rows of a tile while inputs are rounded to int8. */
-enum { ROUNDED_ROWS_PER_TILE = 8 };
+/* Rows of a tile while they are brought into the form in which they are multiplied. */
+enum { FORMED_ROWS_PER_TILE = 8 };
 
-struct round_job {
+struct form_job {
     const void *x;
     int64_t x_stride, m, k;
     int dtype;
-    char *rounded;
-    int64_t rounded_stride;
-    struct row_scale *scales;
+    char *rows;
+    int64_t row_bytes;
+    struct row_scale *scales; /* of rows that become int8; NULL: they become numbers of row_dtype(dtype) */
 };
 
-/* x: k numbers, to int8, filled up with zeros to whole units. */
-AVX512_INLINE struct row_scale round_row(const void *x, int64_t k, char *rounded, const int dtype)
+/* x: k numbers, to a row of int8. */
+SIMD_INLINE struct row_scale round_row(const void *x, int64_t k, char *rounded, const int dtype)
 {
     /* Among magnitudes, the bits of NaN are the largest: its scale makes every result of the row NaN. */
-    __m512i largest = _mm512_setzero_si512();
+    ints largest = i_all(0);
+    for (int64_t i = 0; i < k; i += 16)
+        largest = i_max(largest, i_magnitude_bits(load_numbers(x, i, k - i, dtype)));
+    const int32_t bits = i_largest(largest);
+    float maximum;
+    memcpy(&maximum, &bits, sizeof maximum);
+    const floats inverse = f_all(127.0f / fmaxf(maximum, 1e-30f));
+    ints total = i_all(0);
     for (int64_t i = 0; i < k; i += 16) {
-        __m512 magnitudes = _mm512_abs_ps(load_numbers(x, i, lanes_below(k - i), dtype));
-        largest = _mm512_max_epu32(largest, _mm512_castps_si512(magnitudes));
+        ints numbers = i_round(f_mul(load_numbers(x, i, k - i, dtype), inverse));
+        total = i_add(total, numbers);
+        i_store_inputs(rounded, i, numbers, k - i);
     }
-    float maximum = _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epu32(largest))));
-    __m512 inverse = _mm512_set1_ps(127.0f / fmaxf(maximum, 1e-30f));
-    __m512i total = _mm512_setzero_si512();
-    for (int64_t i = 0; i < k; i += 16) {
-        __m512 scaled = _mm512_mul_ps(load_numbers(x, i, lanes_below(k - i), dtype), inverse);
-        __m512i numbers = _mm512_cvtps_epi32(scaled);
-        total = _mm512_add_epi32(total, numbers);
-        _mm512_mask_cvtsepi32_storeu_epi8(rounded + i, lanes_below((k - i + 3) / 4 * 4), numbers);
-    }
-    return (struct row_scale){maximum / 127.0f, -128 * _mm512_reduce_add_epi32(total)};
+    return (struct row_scale){maximum / 127.0f, -128 * i_sum(total)};
 }
 
-#define ROUND(DTYPE) job->scales[row] = round_row(x, job->k, rounded, DTYPE)
-
-AVX512 static void round_tile(const void *argument, int64_t tile)
+SIMD_INLINE void widen_row(const void *x, int64_t k, char *row, const int dtype)
 {
-    const struct round_job *job = argument;
-    int64_t stop = (tile + 1) * ROUNDED_ROWS_PER_TILE < job->m ? (tile + 1) * ROUNDED_ROWS_PER_TILE : job->m;
-    for (int64_t row = tile * ROUNDED_ROWS_PER_TILE; row < stop; row++) {
+    for (int64_t i = 0; i < k; i += 16)
+        store_numbers(row, i, load_numbers(x, i, k - i, dtype), k - i, row_dtype(dtype));
+}
+
+#define ROUND(DTYPE) job->scales[row] = round_row(x, job->k, formed, DTYPE)
+#define WIDEN(DTYPE) widen_row(x, job->k, formed, DTYPE)
+
+SIMD static void form_tile(const void *argument, int64_t tile)
+{
+    const struct form_job *job = argument;
+    int64_t stop = (tile + 1) * FORMED_ROWS_PER_TILE < job->m ? (tile + 1) * FORMED_ROWS_PER_TILE : job->m;
+    for (int64_t row = tile * FORMED_ROWS_PER_TILE; row < stop; row++) {
         const void *x = number_at(job->x, row * job->x_stride, job->dtype);
-        char *rounded = job->rounded + row * job->rounded_stride;
-        FOR_DTYPE(job->dtype, ROUND)
+        char *formed = job->rows + row * job->row_bytes;
+        if (job->scales) {
+            FOR_DTYPE(job->dtype, ROUND)
+        } else {
+            FOR_DTYPE(job->dtype, WIDEN)
+        }
     }
 }
 
 void bros_multiply(const struct bros_linear *linear, const void *x, int64_t x_stride, int64_t m, const void *residual,
                    void *out)
 {
-    const int64_t k = linear->k, rounded_stride = (k + 63) / 64 * 64;
+    const int64_t k = linear->k;
+    struct multiply_job job = {.linear = linear, .m = m, .residual = residual, .out = out,
+                               .num_panels = (linear->n + PANEL - 1) / PANEL};
+    job.unit = linear->scales ? INT8_QUAD : linear->dtype == BROS_BF16 ? BF16_PAIR : FLOAT32_ONE;
+    job.num_units = linear->scales ? (k + 3) / 4 : k * number_bytes(linear->dtype) / UNIT_BYTES;
+    const int is_formed = linear->scales || row_dtype(linear->dtype) != linear->dtype;
+    const int64_t formed_row_bytes = (job.num_units * row_unit_bytes(job.unit) + 63) / 64 * 64;
     size_t normed_bytes = linear->norm.weight ? (size_t)((m * k * number_bytes(linear->dtype) + 63) / 64 * 64) : 0;
-    size_t rounded_bytes = linear->scales ? (size_t)(m * rounded_stride) : 0;
-    size_t scales_bytes = (size_t)m * sizeof(struct row_scale);
-    char *scratch = bros_scratch(BROS_CALL_SCRATCH, normed_bytes + rounded_bytes + scales_bytes);
+    size_t formed_bytes = is_formed ? (size_t)(m * formed_row_bytes) : 0;
+    size_t scales_bytes = linear->scales ? (size_t)m * sizeof(struct row_scale) : 0;
+    char *scratch = bros_scratch(BROS_CALL_SCRATCH, normed_bytes + formed_bytes + scales_bytes);
     if (linear->norm.weight) {
         bros_rms_norm(x, x_stride, m, k, &linear->norm, linear->dtype, scratch);
         x = scratch;
         x_stride = k;
     }
-    struct multiply_job job = {.linear = linear, .m = m, .residual = residual, .out = out,
-                               .num_panels = (linear->n + PANEL - 1) / PANEL};
-    if (linear->scales) {
-        struct row_scale *scales = (struct row_scale *)(scratch + normed_bytes + rounded_bytes);
-        struct round_job rounding = {x, x_stride, m, k, linear->dtype, scratch + normed_bytes, rounded_stride, scales};
-        bros_run(round_tile, &rounding, (m + ROUNDED_ROWS_PER_TILE - 1) / ROUNDED_ROWS_PER_TILE);
-        job.unit = INT8_QUAD;
-        job.num_units = (k + 3) / 4;
-        job.x = rounding.rounded;
-        job.x_stride = rounded_stride;
+    job.x = x;
+    job.x_stride = x_stride * number_bytes(linear->dtype);
+    if (is_formed) {
+        struct row_scale *scales = scales_bytes ? (struct row_scale *)(scratch + normed_bytes + formed_bytes) : NULL;
+        struct form_job form = {x, x_stride, m, k, linear->dtype, scratch + normed_bytes, formed_row_bytes, scales};
+        bros_run(form_tile, &form, (m + FORMED_ROWS_PER_TILE - 1) / FORMED_ROWS_PER_TILE);
+        job.x = form.rows;
+        job.x_stride = formed_row_bytes;
         job.scales = scales;
-    } else {
-        job.unit = linear->dtype == BROS_BF16 ? BF16_PAIR : FLOAT32_ONE;
-        job.num_units = k * number_bytes(linear->dtype) / UNIT_BYTES;
-        job.x = x;
-        job.x_stride = x_stride * number_bytes(linear->dtype);
     }
     int64_t panels = job.num_panels / TILES_WANTED;
     job.panels_per_tile = panels < 1 ? 1 : panels < MAX_PANELS_PER_TILE ? panels : MAX_PANELS_PER_TILE;

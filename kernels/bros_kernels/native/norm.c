@@ -1,6 +1,6 @@
 #include "norm.h"
 
-#include "avx512.h"
+#include "simd.h"
 
 /* Rows of a tile. */
 enum { TILE_ROWS = 8 };
@@ -15,7 +15,7 @@ struct norm_job {
 
 #define NORMALISE(DTYPE) normalise(x, job->size, job->norm, out, DTYPE)
 
-AVX512 static void rms_norm_tile(const void *argument, int64_t tile)
+SIMD static void rms_norm_tile(const void *argument, int64_t tile)
 {
     const struct norm_job *job = argument;
     for (int64_t row = tile * TILE_ROWS; row < job->num_rows && row < (tile + 1) * TILE_ROWS; row++) {

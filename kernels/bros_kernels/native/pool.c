@@ -11,6 +11,8 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include "simd.h"
+
 /* How long an idle thread looks for work before it sleeps: two calls of one layer are some 20 us apart. First without
  * giving its core away, then letting others have it between two looks. */
 enum { SPINS_BEFORE_YIELD = 100, YIELDS_BEFORE_SLEEP = 200 };
@@ -103,13 +105,7 @@ static void stop_threads(void)
     num_threads = 1;
 }
 
-int bros_is_supported(void)
-{
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-           __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
-}
+int bros_is_supported(void) { return simd_is_supported(); }
 
 int bros_set_num_threads(int wanted)
 {
