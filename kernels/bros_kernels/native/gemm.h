@@ -34,8 +34,9 @@ struct bros_linear {
     int32_t epilogue;
 };
 
-/* out = norm(x) @ w.T + bias + residual, with float32 or int32 sums. x: (m, k), rows x_stride numbers apart; out and
- * residual, which may be NULL: contiguous, (m, n), or (m, n / 2) for BROS_SILU_MUL, which adds no residual. */
+/* out = norm(x) @ w.T + bias + residual, with float32 or int32 sums. x: (m, k), rows x_stride numbers apart; residual,
+ * which may be NULL: (m, n), contiguous; out: the same, or for BROS_SILU_MUL (m, n / 2), whose residual has the columns of
+ * gate in its first half and those of up in its second. */
 BROS_EXPORT void bros_multiply(const struct bros_linear *linear, const void *x, int64_t x_stride, int64_t m,
                                const void *residual, void *out);
 
