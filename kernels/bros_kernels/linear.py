@@ -44,11 +44,13 @@ class Linear(Protocol):
 
 
 def gated(gate_up: Linear, activation: Activation) -> Linear:
-    """The function activation(gate(x)) * up(x), of one product: the features of gate, then those of up."""
+    """The function activation(gate(x)) * up(x), of one product: the features of gate, then those of up.
+
+    The residual is the product's: (rows, 2 * out_features), added before the activation.
+    """
 
     def multiply(x: Tensor, residual: Tensor | None = None) -> Tensor:
-        assert residual is None
-        gate, up = gate_up(x).chunk(2, -1)
+        gate, up = gate_up(x, residual).chunk(2, -1)
         return activation(gate).mul_(up)
 
     return multiply

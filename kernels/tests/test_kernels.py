@@ -99,8 +99,12 @@ def test_gated_product(
     with torch.inference_mode():
         for num_rows in (1, 12, 33):
             x = torch.randn(num_rows, in_features).to(dtype)
-            gate, up = expected_product(x, weight, bias, norm).chunk(2, -1)
-            assert_close(gated(x), activation(gate) * up)
+            residual = torch.randn(num_rows, 2 * out_features).to(dtype)
+            before = residual.clone()
+            for added in (None, residual):
+                gate, up = expected_product(x, weight, bias, norm, added).chunk(2, -1)
+                assert_close(gated(x, added), activation(gate) * up)
+            assert torch.equal(residual, before)
 
 
 @pytest.mark.usefixtures("cpu_kernels")
