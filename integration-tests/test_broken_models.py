@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from bros_router.model_source import demo_model_path
@@ -98,6 +99,25 @@ def test_heads_that_do_not_divide_by_the_ranks_are_refused(launch):
 
 def test_missing_folder_is_refused(launch, tmp_path):
     launcher = launch("--model-id", str(tmp_path / "nothing"), environment={"HF_HUB_OFFLINE": "1"})
+    assert launcher.process.wait(60) == ExitCode.MODEL_NOT_FOUND
+
+
+@pytest.mark.parametrize("num_ranks", ["1", "2"])
+def test_adapter_of_another_model_is_refused_by_name(launch, tmp_path, num_ranks):
+    name = "base_model.model.model.layers.6.self_attn.q_proj"  # the demo model has six layers
+    save_file(
+        {f"{name}.lora_A.weight": torch.zeros(4, 256), f"{name}.lora_B.weight": torch.zeros(256, 4)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
+    launcher = launch("--lora-adapters", f"mine={tmp_path}", "--num-shard", num_ranks)
+    assert launcher.process.wait(60) == ExitCode.BAD_CHECKPOINT
+    errors = [json.loads(line)["message"] for line in launcher.lines if '"ERROR"' in line]
+    assert any("adapter mine: adapter_model.safetensors: tensor" in message for message in errors), launcher.lines
+
+
+def test_missing_adapter_is_refused(launch, tmp_path):
+    launcher = launch("--lora-adapters", f"mine={tmp_path}/nothing")
     assert launcher.process.wait(60) == ExitCode.MODEL_NOT_FOUND
 
 

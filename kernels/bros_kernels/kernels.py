@@ -47,7 +47,9 @@ class Kernels(Protocol):
         """
 
     def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None) -> Linear:
-        """The function activation(gate(norm(x))) * up(norm(x)), which takes no residual.
+        """The function activation(gate(norm(x))) * up(norm(x)).
+
+        Its residual is added before the activation: (rows, 2 * out_features), the features of gate, then those of up.
 
         Args:
             weight: (2 * out_features, in_features): the rows of gate, then those of up; `bias` alike.

@@ -46,7 +46,7 @@ class Linear(Protocol):
 def gated(gate_up: Linear, activation: Activation) -> Linear:
     """The function activation(gate(x)) * up(x), of one product: the features of gate, then those of up.
 
-    A residual is added to that product.
+    The residual is the product's: (rows, 2 * out_features), added before the activation.
     """
 
     def multiply(x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 import tempfile
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
+from bros_router.lora_adapters import AdapterSource, parse_adapters
 from bros_shard.protocol import MAX_TOP_TOKENS
 
 #: Tokens of prompts whose log-probabilities, with those of the likeliest others, a frame from the ranks has room for.
@@ -92,9 +94,21 @@ class ModelConfig:
     )
     rope_scaling: str | None = flag(None, "Rotary scaling that overrides the model's.", choices=("linear", "dynamic"))
     rope_factor: float | None = flag(None, "Factor of the rotary scaling; alone, it means linear.", minimum=1.0)
+    lora_adapters: str | None = flag(
+        None, "LoRA adapters that requests may name, separated by commas: id, id@revision or id=/path."
+    )
+
+    @cached_property
+    def adapters(self) -> tuple[AdapterSource, ...]:
+        """What `lora_adapters` says."""
+        try:
+            return parse_adapters(self.lora_adapters or "")
+        except ValueError as error:
+            raise ConfigError(f"--lora-adapters: {error}") from None
 
     def __post_init__(self) -> None:
-        """Raises `ConfigError` for a method of TGI's that is not here."""
+        """Raises `ConfigError` for a method of TGI's that is not here, and for what is no list of adapters."""
+        _ = self.adapters
         if self.quantize not in (None, "", "int8"):
             raise ConfigError(
                 "--quantize is refused. Quantised checkpoints are not supported yet: serve the original model, with"

@@ -193,7 +193,7 @@ class StepEngine:
         now_s = time.monotonic()
         # What was computed before tells nothing of how likely it was found.
         is_shared = request.num_prompt_top_tokens is None
-        block_hashes = self._scheduler.block_hashes(request.prompt_token_ids) if is_shared else None
+        block_hashes = self._scheduler.block_hashes(request.prompt_token_ids, request.adapter) if is_shared else None
         num_cached_tokens = self._kv.num_cached_tokens(block_hashes or ())
         terms = self._admission.judge(request, now_s, self._scheduler.num_held_tokens(), num_cached_tokens)
         sequence = Sequence(
@@ -206,6 +206,7 @@ class StepEngine:
             arrival_s=now_s,
             targets=terms.targets,
             grammar=request.grammar,
+            adapter=request.adapter,
             is_late=terms.is_degraded,
             block_hashes=block_hashes,
             num_cached_tokens=num_cached_tokens,

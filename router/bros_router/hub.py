@@ -18,6 +18,9 @@ _METADATA_PATTERNS: Final = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoke
 _IGNORED_PATTERNS: Final = ["*/*"]
 _INDEX: Final = "model.safetensors.index.json"
 _SINGLE: Final = "model.safetensors"
+#: What a LoRA adapter is, as PEFT saves it.
+ADAPTER_CONFIG: Final = "adapter_config.json"
+_ADAPTER_WEIGHTS: Final = "adapter_model.safetensors"
 
 #: `on_progress(num_bytes_done, num_bytes_total)`; called from several threads.
 OnProgress = Callable[[int, int], None]
@@ -52,6 +55,15 @@ def download(model_id: str, revision: str | None, hub: HubConfig, on_progress: O
         if any(path.glob("*.safetensors")):
             return Snapshot(path, sha, _pipeline_tag(model_id, sha, hub))
     raise CheckpointError(f"{model_id} has no safetensors weights: other formats are not loaded.")
+
+
+def download_adapter(adapter_id: str, revision: str | None, hub: HubConfig, on_progress: OnProgress) -> Path:
+    """Bring a LoRA adapter into the cache, or find it there, as far as its repository has one. Returns its folder.
+
+    Raises:
+        ModelNotFoundError: as `download`.
+    """
+    return _fetch(adapter_id, revision, hub, [ADAPTER_CONFIG, _ADAPTER_WEIGHTS], on_progress)
 
 
 def weight_files(path: Path) -> list[str]:

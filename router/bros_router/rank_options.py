@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from bros_router.config import ServerConfig
 from bros_router.model_source import ModelFiles
@@ -10,13 +13,18 @@ from bros_shard.options import ShardOptions
 
 
 def rank_options(
-    config: ServerConfig, files: ModelFiles, endpoint: str, guided_tokenizer: Path | None = None
+    config: ServerConfig,
+    files: ModelFiles,
+    endpoint: str,
+    guided_tokenizer: Path | None = None,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
 ) -> ShardOptions:
     """The options of rank 0 in generation 0, without a rendezvous: each generation of ranks has its own.
 
     Args:
         endpoint: where the ranks connect.
         guided_tokenizer: what grammars are compiled for; `None`: nothing is guided.
+        adapters: folders by id.
     """
     ranks, model = config.ranks, config.model
     return ShardOptions(
@@ -42,6 +50,7 @@ def rank_options(
         profile_grid=config.scheduling.profile_grid,
         rope_scaling=model.rope_scaling or "",
         rope_factor=model.rope_factor or 1.0,
+        adapters=json.dumps({adapter_id: str(folder) for adapter_id, folder in adapters.items()}),
         num_threads=ranks.cpu_threads,
     )
 

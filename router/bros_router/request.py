@@ -59,6 +59,8 @@ class ValidRequest:
     num_prompt_top_tokens: int | None = None
     #: What the generated text must match, as ranks take it (`bros_shard.grammar_compiler`); `None`: anything.
     grammar: str | None = None
+    #: Which of the model's adapters its tokens go through, counted from 0; `None`: none.
+    adapter: int | None = None
     request_class: RequestClass = RequestClass.RT
     #: Targets of a real-time request, as the client or else the operator set them; `None`: nobody did.
     ttft_s: float | None = None

@@ -233,7 +233,7 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
         Access.OPEN,
         Operation(
             name="openai_get_model_info",
-            summary="The model, as a list of one",
+            summary="The model, and its adapters",
             replies=_json(types.ModelList),
             failures=(503,),
         ),

@@ -15,6 +15,7 @@ from typing import Final
 import structlog
 from aiohttp import web
 
+from bros_router.adapter_folders import resolve_adapters
 from bros_router.admission import AdmissionController, AdmissionPolicy
 from bros_router.app import create_app, create_runner
 from bros_router.breaker import Breaker
@@ -124,6 +125,9 @@ class Server:
     async def _serve(self, runtime: RuntimeDir) -> None:
         """Find the model, start the ranks, and run steps until cancelled. Raises `StartupError`."""
         files = await asyncio.to_thread(resolve_model, self._config.model, self._config.hub, self._progress.update)
+        adapters = await asyncio.to_thread(
+            resolve_adapters, self._config.model, self._config.hub, self._progress.update
+        )
         self._enter(Phase.LOADING)
         endpoint = runtime.socket_endpoint("shards")
         shards = ShardGroup(
@@ -135,7 +139,7 @@ class Server:
         )
 
         guided_tokenizer = await asyncio.to_thread(_guided_tokenizer, self._config, files, runtime)
-        options = rank_options(self._config, files, endpoint, guided_tokenizer)
+        options = rank_options(self._config, files, endpoint, guided_tokenizer, adapters)
 
         def make_options(generation: int) -> list[ShardOptions]:
             rendezvous = runtime.rendezvous(generation)
@@ -149,7 +153,7 @@ class Server:
                 info = await ranks.start()
             except ShardError as error:
                 raise await ranks.startup_error(error) from None
-            model = served_model(self._config, files, info.hello, guided_tokenizer)
+            model = served_model(self._config, files, info.hello, guided_tokenizer, tuple(adapters))
             engine = make_engine(self._config, shards, model, info, self._metrics)
             self._service.model, self._service.engine, self._engine = model, engine, engine
             self._progress.close()
@@ -275,7 +279,11 @@ def _guided_tokenizer(config: ServerConfig, files: ModelFiles, runtime: RuntimeD
 
 
 def served_model(
-    config: ServerConfig, files: ModelFiles, hello: Hello, guided_tokenizer: Path | None = None
+    config: ServerConfig,
+    files: ModelFiles,
+    hello: Hello,
+    guided_tokenizer: Path | None = None,
+    adapter_ids: tuple[str, ...] = (),
 ) -> ServedModel:
     """The model with its limits: those given, else as much as the model and the KV region allow, as TGI computes them.
 
@@ -309,4 +317,5 @@ def served_model(
         guided=None
         if guided_tokenizer is None
         else GuidedVocabulary(guided_tokenizer, hello.vocab_size, files.eos_token_ids),
+        adapter_ids=adapter_ids,
     )

@@ -43,6 +43,12 @@ class ServedModel:
     compute_type: str
     #: What grammars are compiled for; `None`: nothing is guided.
     guided: GuidedVocabulary | None = None
+    #: Its adapters as clients name them, in the order in which ranks count them.
+    adapter_ids: tuple[str, ...] = ()
+
+    def adapter_index(self, adapter_id: str | None) -> int | None:
+        """Which adapter is meant; `None`, the model alone, by any name that none of them has: TGI's rule."""
+        return self.adapter_ids.index(adapter_id) if adapter_id in self.adapter_ids else None
 
 
 class Service:

@@ -124,7 +124,6 @@ REFUSED: Final = (
         "Number format of the KV cache.",
         "The KV cache has the format of the model: see --dtype.",
     ),
-    _foreign("lora-adapters", str, "Adapters to load.", "Adapters are not supported yet: merge one into the model."),
     _foreign("ngrok", bool, "Open a tunnel.", "The server opens no tunnel: put a proxy in front."),
 )
 

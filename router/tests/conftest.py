@@ -233,6 +233,7 @@ async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
         chat_template: ChatTemplate | None = CHAT_TEMPLATE,
         pipeline_tag: str | None = None,
         guided: GuidedVocabulary | None = None,
+        adapter_ids: tuple[str, ...] = (),
         max_input_tokens: int = 60,
         max_total_tokens: int = 64,
         timeouts: Timeouts | None = None,
@@ -251,6 +252,7 @@ async def serve(byte_level_tokenizer: Tokenizer) -> AsyncIterator[Serve]:
             max_total_tokens=max_total_tokens,
             compute_type="1-cpu",
             guided=guided,
+            adapter_ids=adapter_ids,
         )
         app = create_app(config or ApiConfig(), service, metrics, timeouts)
         client = TestClient(SocketServer(app))

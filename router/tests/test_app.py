@@ -171,6 +171,14 @@ async def test_models_lists_the_one_model(serve):
     )
 
 
+async def test_adapters_are_listed_after_their_model_unless_tgis_bytes_are_asked_for(serve):
+    for config, ids in ((ApiConfig(), ["acme/tiny", "one", "two"]), (ApiConfig(strict_tgi=True), ["acme/tiny"])):
+        server = await serve(config, adapter_ids=("one", "two"))
+        models = (await (await server.client.get("/v1/models")).json())["data"]
+        assert [model["id"] for model in models] == ids
+        assert {model["owned_by"] for model in models} == {"acme/tiny"}
+
+
 # --- routing
 
 

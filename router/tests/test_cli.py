@@ -12,6 +12,7 @@ from bros_router import cli, tgi_flags
 from bros_router.cli import Invocation, invocation
 from bros_router.config import SchedulingConfig, ServerConfig
 from bros_router.host import Host
+from bros_router.lora_adapters import AdapterSource
 
 GIB = 1024**3
 CPU_HOST = Host(num_cores=4, free_memory_bytes=8 * GIB, num_gpus=0, has_gpu_selection=False)
@@ -309,7 +310,6 @@ def test_flag_of_tgi_that_has_no_effect_starts_with_one_warning(argv):
         ["--quantize", "awq"],
         ["--speculate", "2"],
         ["--kv-cache-dtype", "fp8_e5m2"],
-        ["--lora-adapters", "org/adapter"],
         ["--ngrok"],
     ],
 )
@@ -328,6 +328,28 @@ def test_refusal_covers_the_environment_but_not_values_that_ask_for_nothing():
     assert "--quantize is refused. " in refuse(QUANTIZE="gptq")
     asked = parse("--speculate", "0", QUANTIZE="", ENABLE_PREFILL_LOGPROBS="false", NGROK="0", LORA_ADAPTERS="")
     assert asked.warnings == ()
+
+
+def test_adapters_are_given_in_tgis_grammar():
+    adapters = parse("--lora-adapters", "org/one, two=/adapters/two ,./three@main,four=/a=b@c@d").config.model.adapters
+    assert adapters == (
+        AdapterSource("org/one"),
+        AdapterSource("two", Path("/adapters/two")),
+        AdapterSource("./three", revision="main"),
+        AdapterSource("four", Path("/a=b"), "c@d"),
+    )
+    assert parse(LORA_ADAPTERS="a@v1").config.model.adapters == (AdapterSource("a", revision="v1"),)
+    assert parse(LORA_ADAPTERS="").config.model.adapters == ()
+    assert parse("--lora-adapters", "").config.model.adapters == ()
+
+
+@pytest.mark.parametrize("text", ["a,", ",", "=b", "@c", "a=", "a@", "a=@c", " "])
+def test_what_is_no_list_of_adapters_is_refused(text):
+    assert "is not an adapter such as id, id@revision or id=/path." in refuse("--lora-adapters", text)
+
+
+def test_adapters_have_names_of_their_own():
+    assert "--lora-adapters: 'a' is given twice." in refuse(LORA_ADAPTERS="a,b=/a,a@main")
 
 
 def test_int8_is_the_one_method_of_quantisation():

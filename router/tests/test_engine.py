@@ -256,7 +256,8 @@ async def test_likely_tokens_come_with_their_texts(engine):
     assert [top.is_special for top in event.token.top_tokens] == [False, tokenizer.is_special(EOS)]
 
 
-async def test_a_prompt_that_is_told_of_is_neither_read_from_the_cache_nor_put_there(group):
+@pytest.fixture
+async def caching_engine(group):
     kv = KVManager(num_blocks=64, block_size=16)
     scheduler = Scheduler(
         FirstComeFirstServed(), kv, ExactModel(), SchedulerLimits(64, 8), hasher=BlockHasher(16, b"salt")
@@ -265,17 +266,43 @@ async def test_a_prompt_that_is_told_of_is_neither_read_from_the_cache_nor_put_t
     engine = StepEngine(
         scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64, 64 * 16), group, model, Metrics()
     )
+    engine.kv_under_test = kv
     running = asyncio.create_task(engine.run())
+    yield engine
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
+
+
+def num_cached_tokens(plans) -> list[int]:
+    """Of each sequence, what its first step found computed."""
+    first_steps = {}
+    for plan in plans:
+        for step in plan.sequences:
+            first_steps.setdefault(step.sequence_id, step.num_computed_tokens)
+    return [*first_steps.values()]
+
+
+async def test_a_prompt_that_is_told_of_is_neither_read_from_the_cache_nor_put_there(caching_engine, group):
     prompt = tuple(range(11, 61))
     num_idle = []
     for wish in (0, None, 0, None):
-        with engine.submit(request(*prompt, max_new_tokens=2, num_prompt_top_tokens=wish)) as reply:
+        with caching_engine.submit(request(*prompt, max_new_tokens=2, num_prompt_top_tokens=wish)) as reply:
             await read(reply)
-        num_idle.append(kv.num_idle_blocks)
-    first_steps = {}
-    for plan in group.plans:
-        for step in plan.sequences:
-            first_steps.setdefault(step.sequence_id, step.num_computed_tokens)
-    assert [*first_steps.values()] == [0, 0, 0, 48]
+        num_idle.append(caching_engine.kv_under_test.num_idle_blocks)
+    assert num_cached_tokens(group.plans) == [0, 0, 0, 48]
     assert num_idle[0] == 0 < num_idle[1]
-    running.cancel()
+
+
+async def test_what_was_computed_is_read_again_by_those_with_the_same_adapter(caching_engine, group):
+    """The output too, which the next prompt of a conversation holds."""
+    prompt = tuple(range(11, 25))
+    adapters = (None, 0, 1)
+    for adapter in adapters:
+        with caching_engine.submit(request(*prompt, max_new_tokens=20, ignore_eos=True, adapter=adapter)) as reply:
+            token_ids, _ = await read(reply)
+        said = (*prompt, *token_ids)
+    for adapter in adapters:
+        with caching_engine.submit(request(*said, max_new_tokens=1, adapter=adapter)) as reply:
+            await read(reply)
+    assert num_cached_tokens(group.plans) == [0, 0, 0, 32, 32, 32]
+    assert [new.adapter for plan in group.plans for new in plan.new_sequences] == [None, 0, 1] * 2

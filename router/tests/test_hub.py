@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from bros_router.config import HubConfig
-from bros_router.hub import Snapshot, download, weight_files
+from bros_router.hub import Snapshot, download, download_adapter, weight_files
 from bros_router.startup_error import CheckpointError, ModelNotFoundError
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
@@ -151,6 +151,15 @@ def test_what_serving_needs_is_fetched_and_nothing_else(hub, hub_server):
     fetched = {path.name: path.read_bytes() for path in snapshot.path.iterdir()}
     assert fetched == {name: FILES[name] for name in ("config.json", "tokenizer.json", "model.safetensors")}
     assert hub_server.tokens == {"Bearer hf_secret"}
+
+
+def test_of_an_adapters_repository_only_the_adapter_is_fetched(hub, hub_server):
+    """Some hold the merged model as well."""
+    adapter = {"adapter_config.json": b'{"r": 4}', "adapter_model.safetensors": b"factors"}
+    hub_server.files |= adapter | {"adapter_model.bin": b"pickled"}
+    folder = download_adapter("org/model", SHA, hub, lambda done, total: None)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == adapter
+    assert download_adapter("org/model", SHA, offline(hub), lambda done, total: None) == folder
 
 
 def test_progress_counts_the_bytes_of_the_weights(hub):

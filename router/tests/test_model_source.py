@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import tokenizers
 
+from bros_router.adapter_folders import resolve_adapters
 from bros_router.config import HubConfig, ModelConfig
 from bros_router.model_source import DEMO_MODEL_ID, ModelFiles, demo_model_path, read, resolve_model
 from bros_router.startup_error import CheckpointError, ModelNotFoundError
@@ -42,6 +43,29 @@ def test_folder_is_read(tmp_path):
     assert (files.vocab_size, files.dtype) == (6, "bfloat16")
     assert files.eos_token_ids == {4}
     assert files.tokenizer.encode("ab").ids == [2]
+
+
+def resolve(adapters: str) -> dict[str, Path]:
+    model = ModelConfig(lora_adapters=adapters)
+    return resolve_adapters(model, HubConfig(is_offline=True), lambda phase, done, total: None)
+
+
+def test_adapters_are_folders_by_id_in_the_order_given(tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").touch()
+    monkeypatch.chdir(tmp_path)
+    folders = resolve(f"z={tmp_path}/two,./one@main,a=one")
+    assert [*folders.items()] == [("z", tmp_path / "two"), ("./one", tmp_path / "one"), ("a", tmp_path / "one")]
+
+
+def test_adapters_that_are_not_there_are_told_by_name(tmp_path):
+    with pytest.raises(ModelNotFoundError, match="adapter a: /nowhere is not a folder"):
+        resolve("a=/nowhere")
+    with pytest.raises(ModelNotFoundError, match="org/nowhere is neither a local folder nor complete in the cache"):
+        resolve("org/nowhere")
+    with pytest.raises(CheckpointError, match=r"adapter b: there is no adapter_config\.json"):
+        resolve(f"b={tmp_path}")
 
 
 def test_demo_model_is_the_default():

@@ -38,6 +38,8 @@ def test_who_recomputes_needs_no_host_pool(files: ModelFiles) -> None:
 
 def test_options_survive_the_command_line(files: ModelFiles) -> None:
     config = ServerConfig(scheduling=SchedulingConfig(kv_preemption="recompute", profile_grid="full"))
-    options = rank_options(config, files, "ipc:///e")
+    adapters = {"org/one": Path("/adapters/1"), 'a "b" é': Path("/adapters/2 3")}
+    options = rank_options(config, files, "ipc:///e", adapters=adapters)
     assert options.profile_grid == "full"
+    assert list(options.adapter_folders.items()) == list(adapters.items())
     assert ShardOptions.from_argv(options.to_argv()) == options

@@ -241,8 +241,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         ttft_s=st.sampled_from([0.03, 0.1, 1.0]),
         are_given=st.booleans(),
         family=st.sampled_from([0, 1, None]),
+        adapter=st.sampled_from([None, 0, 1]),
     )
-    def add(self, num_prompt_tokens, max_new_tokens, request_class, eos, ttft_s, are_given, family=0):
+    def add(self, num_prompt_tokens, max_new_tokens, request_class, eos, ttft_s, are_given, family=0, adapter=None):
         sequence = make_sequence(
             self.num_sequences,
             num_prompt_tokens,
@@ -254,8 +255,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             tpot_s=0.03,
             are_given=are_given,
             family=family,
+            adapter=adapter,
         )
-        sequence.block_hashes = self.scheduler.block_hashes(sequence.prompt_token_ids)
+        sequence.block_hashes = self.scheduler.block_hashes(sequence.prompt_token_ids, adapter)
         sequence.num_cached_tokens = self.kv.num_cached_tokens(sequence.block_hashes or ())
         self.num_sequences += 1
         self.alive[sequence.sequence_id] = sequence

@@ -47,7 +47,6 @@ RULES: list[tuple[dict[str, Any], str]] = [
         "`inputs` tokens + `max_new_tokens` must be <= 64. Given: 3 `inputs` tokens and 1024 `max_new_tokens`",
     ),
     ({"grammar": {"type": "regex", "value": "[a-z]+"}}, "grammar is not supported"),
-    ({"adapter_id": "acme/lora"}, "`adapter_id` is not supported by this server"),
 ]
 
 
@@ -60,6 +59,28 @@ async def test_a_broken_rule_is_told_in_tgis_words(serve, parameters, message):
     assert await response.json() == {"error": PREFIX + message, "error_type": "validation"}
     assert server.engine.requests == []
     assert 'tgi_request_failure{err="validation"} 1.0' in await server.metric_lines()
+
+
+CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
+
+
+@pytest.mark.parametrize("is_strict", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body", "name_in"),
+    [
+        ("/generate", {"inputs": "xx"}, lambda name: {"parameters": {"adapter_id": name}}),
+        ("/v1/chat/completions", CHAT, lambda name: {"model": name}),
+        ("/v1/completions", {"prompt": "xx"}, lambda name: {"model": name}),
+    ],
+)
+async def test_requests_name_the_adapter_that_they_go_through(serve, path, body, name_in, is_strict):
+    """A name that no adapter has means the model alone, as in TGI."""
+    server = await serve(ApiConfig(strict_tgi=is_strict), adapter_ids=("one", "org/two"))
+    for name in ("one", "org/two", "acme/tiny", "tgi", "three", "../../etc", "", None):
+        response = await server.client.post(path, json=body | name_in(name))
+        assert response.status == 200, await response.text()
+    assert (await server.client.post(path, json=body)).status == 200
+    assert [request.adapter for request in server.engine.requests] == [0, 1, *[None] * 7]
 
 
 #: Every rule on parameters broken at once: mending the first shows the next. Value that breaks, value that does not.

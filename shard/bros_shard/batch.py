@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from bros_kernels.attn_meta import AttnMeta
+from bros_kernels.low_rank import AdaptedRows
 from bros_kernels.slots import slots_of
 from bros_shard.prompt_logprobs import PromptChunk
 from bros_shard.protocol import SequenceStep
@@ -24,6 +26,7 @@ class StepBatch:
     input_ids: Tensor  # int64 (T)
     positions: Tensor  # int64 (T)
     attention: AttnMeta
+    adapted_rows: tuple[AdaptedRows, ...]  # which of the tokens go through which adapter
     sampled: list[LiveSequence]  # those whose run ends at their last known token: they get a next one
     sampled_tokens: Tensor  # int64 (len(sampled)): index in [0, T) of each one's last token
     sampled_rows: Tensor  # int64 (len(sampled)): rows of the token pool
@@ -72,6 +75,7 @@ def build_batch(
             n_decode=int((num_tokens == 1).sum()),
             block_size=block_size,
         ),
+        adapted_rows=_adapted_rows([sequence.adapter for _, sequence in pairs], owner, device),
         sampled=[pairs[index][1] for index in sampled],
         sampled_tokens=torch.from_numpy(cu_q[1:][sampled].astype(np.int64) - 1).to(device),
         sampled_rows=torch.from_numpy(rows[sampled]).to(device),
@@ -96,6 +100,20 @@ def _batch_order(pair: tuple[SequenceStep, LiveSequence]) -> tuple[bool, int]:
     step = pair[0]
     is_chunk = step.num_tokens > 1
     return is_chunk, 0 if is_chunk else step.num_computed_tokens
+
+
+def _adapted_rows(
+    adapters: Sequence[int | None], owner: npt.NDArray[np.int64], device: torch.device
+) -> tuple[AdaptedRows, ...]:
+    """`owner`: for each token, which of the sequences it is of."""
+    named = sorted({adapter for adapter in adapters if adapter is not None})
+    if len(set(adapters)) == 1:
+        return tuple(AdaptedRows(adapter, None) for adapter in named)
+    # Tokens of no adapter get a number that no adapter has.
+    of_tokens = np.array([-1 if adapter is None else adapter for adapter in adapters])[owner]
+    return tuple(
+        AdaptedRows(adapter, torch.from_numpy(np.flatnonzero(of_tokens == adapter)).to(device)) for adapter in named
+    )
 
 
 def _padded_block_table(sequences: Sequence[LiveSequence], seq_lens: np.ndarray, block_size: int) -> np.ndarray:

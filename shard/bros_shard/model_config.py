@@ -1,9 +1,9 @@
-"""Typed reading of a model's config.json: a field that cannot be honoured refuses the model, by the field's name."""
+"""Typed reading of a config.json: a field that cannot be honoured refuses the model, or the adapter, by its name."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +16,7 @@ _REFUSED_FIELDS: Final = {
 
 
 class UnsupportedModelError(Exception):
-    """The model cannot be served as it was made. The text names the field of its config.json."""
+    """The model, or an adapter, cannot be served as it was made. The text names the field of its configuration."""
 
 
 class ConfigFields:
@@ -26,26 +26,36 @@ class ConfigFields:
     and a value of another type. All raise `UnsupportedModelError`.
     """
 
-    def __init__(self, values: Mapping[str, Any], prefix: str = "") -> None:
+    def __init__(self, values: Mapping[str, Any], prefix: str = "", file: str = "config.json") -> None:
+        """`file`: as messages call it."""
         self._values = values
         self._prefix = prefix
+        self._file = file
 
     @classmethod
     def load(cls, folder: Path) -> ConfigFields:
-        """Read `folder`/config.json."""
-        try:
-            values = json.loads((folder / "config.json").read_bytes())
-        except OSError:
-            raise UnsupportedModelError("the model folder has no readable config.json") from None
-        except ValueError:
-            raise UnsupportedModelError("config.json is not JSON") from None
-        if not isinstance(values, dict):
-            raise UnsupportedModelError("config.json is not a JSON object")
-        fields = cls(values)
+        """Read the config.json of a model's folder."""
+        fields = cls.read(folder / "config.json", "config.json")
         for name, reason in _REFUSED_FIELDS.items():
             if not fields.is_null(name):
                 raise fields.refusal(name, reason)
         return fields
+
+    @classmethod
+    def read(cls, path: Path, file: str) -> ConfigFields:
+        """Read a file of any fields. `file`: as messages call it."""
+        try:
+            values = json.loads(path.read_bytes())
+        except OSError:
+            raise UnsupportedModelError(f"{file} is missing or cannot be read") from None
+        except ValueError:
+            raise UnsupportedModelError(f"{file} is not JSON") from None
+        if not isinstance(values, dict):
+            raise UnsupportedModelError(f"{file} is not a JSON object")
+        return cls(values, file=file)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
 
     def is_null(self, name: str) -> bool:
         """Whether the field is absent or null."""
@@ -84,13 +94,17 @@ class ConfigFields:
         value: list[Any] = self._value(name, list, None)
         return value
 
+    def anything(self, name: str) -> Any:
+        """Whatever it holds; `None` where it is absent."""
+        return self._values.get(name)
+
     def object(self, name: str) -> ConfigFields:
         """An object's fields; none where it is absent or null."""
-        return ConfigFields(self._value(name, dict, {}), f"{self._prefix}{name}.")
+        return ConfigFields(self._value(name, dict, {}), f"{self._prefix}{name}.", self._file)
 
     def updated(self, values: Mapping[str, Any]) -> ConfigFields:
         """These fields with some replaced."""
-        return ConfigFields({**self._values, **values}, self._prefix)
+        return ConfigFields({**self._values, **values}, self._prefix, self._file)
 
     def with_defaults(self, values: Mapping[str, Any]) -> ConfigFields:
         """These fields, those filled in that are absent or null."""
@@ -98,7 +112,7 @@ class ConfigFields:
 
     def refusal(self, name: str, reason: str) -> UnsupportedModelError:
         """The error that refuses the model for this field's value."""
-        return UnsupportedModelError(f"config.json: {self._prefix}{name} = {self._values.get(name)!r}: {reason}")
+        return UnsupportedModelError(f"{self._file}: {self._prefix}{name} = {self._values.get(name)!r}: {reason}")
 
     def _value(self, name: str, types: type[Any] | tuple[type[Any], ...], default: Any) -> Any:
         value = self._values.get(name)

@@ -6,7 +6,9 @@ Torch-free: the router's supervisor imports this module.
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 
@@ -43,7 +45,13 @@ class ShardOptions:
     profile_grid: str = _option("step times to measure, unless they are known: quick or full", "quick")
     rope_scaling: str = _option("linear or dynamic, overriding the model's; empty: as the model says", "")
     rope_factor: float = _option("factor of rope_scaling", 1.0)
+    adapters: str = _option("JSON object: folders of LoRA adapters by name, in the order of their indices", "{}")
     num_threads: int = _option("CPU threads of this rank; 0: cores divided by ranks", 0)
+
+    @property
+    def adapter_folders(self) -> dict[str, Path]:
+        """What `adapters` says."""
+        return {name: Path(folder) for name, folder in json.loads(self.adapters).items()}
 
     def to_argv(self) -> list[str]:
         """The command-line arguments that `from_argv` turns back into these options."""

@@ -64,3 +64,11 @@ class ParallelGroup:
         if self.world_size > 1:
             dist.broadcast(tensor, src=0)
         return tensor
+
+
+def part_of(parallel: ParallelGroup, size: int, num_parts: int | None = None) -> range:
+    """This rank's part of `size` things, cut into `num_parts`: the world size, or fewer where ranks share a part."""
+    num_parts = num_parts or parallel.world_size
+    assert size % num_parts == 0
+    part_size, index = size // num_parts, parallel.rank * num_parts // parallel.world_size
+    return range(index * part_size, (index + 1) * part_size)

@@ -18,7 +18,7 @@ from typing import Annotated, Final, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta, Struct, field
 
-PROTOCOL_VERSION: Final = 3
+PROTOCOL_VERSION: Final = 4
 #: No honest frame comes near this: a prompt of a million tokens is 5 MB.
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
 #: Most entries of a list of likely tokens: of a generated token, whatever ties, and of a prompt's. A token of a prompt
@@ -115,6 +115,8 @@ class NewSequence(Part, frozen=True):
     num_prompt_top_tokens: Annotated[int, Meta(ge=0, le=MAX_PROMPT_TOP_TOKENS)] | None = None
     #: What the generated text must match (`bros_shard.grammar_compiler`); `None`: anything.
     grammar: Annotated[str, Meta(max_length=MAX_GRAMMAR_BYTES)] | None = None
+    #: Which of the model's adapters its tokens go through, counted from 0; `None`: none.
+    adapter: Count | None = None
 
 
 class SequenceStep(Part, frozen=True):

@@ -22,6 +22,7 @@ class LiveSequence:
     """A sequence between its `NewSequence` and its release. Its token ids are in the `TokenPool`, in row `row`."""
 
     __slots__ = (
+        "adapter",
         "block_table",
         "max_total_tokens",
         "num_known_tokens",
@@ -39,6 +40,7 @@ class LiveSequence:
         self.num_known_tokens = len(new.token_ids)
         self.num_prompt_tokens = len(new.token_ids) - new.num_generated_tokens
         self.num_prompt_top_tokens = new.num_prompt_top_tokens
+        self.adapter = new.adapter
         self.row = row
         self.block_table: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
 
@@ -88,12 +90,21 @@ class TokenPool:
 class SequenceTable:
     """The live sequences of a rank, by id."""
 
-    def __init__(self, pool: TokenPool, vocab_size: int, max_length: int, num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        pool: TokenPool,
+        vocab_size: int,
+        max_length: int,
+        num_blocks: int,
+        block_size: int,
+        num_adapters: int = 0,
+    ) -> None:
         self.pool = pool
         self._vocab_size = vocab_size
         self._max_length = max_length
         self._num_blocks = num_blocks
         self._block_size = block_size
+        self._num_adapters = num_adapters
         self._sequences: dict[int, LiveSequence] = {}
 
     def __len__(self) -> int:
@@ -136,6 +147,8 @@ class SequenceTable:
         biased = (token_id for token_id, _ in new.sampling.logit_bias)
         if max(chain(new.token_ids, biased)) >= self._vocab_size:
             raise PlanError(f"sequence {new.sequence_id} has a token outside the vocabulary")
+        if new.adapter is not None and new.adapter >= self._num_adapters:
+            raise PlanError(f"sequence {new.sequence_id}: adapter {new.adapter} of {self._num_adapters}")
         row = self.pool.add(new.token_ids, new.max_total_tokens)
         self._sequences[new.sequence_id] = LiveSequence(new, row)
 

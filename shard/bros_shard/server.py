@@ -13,6 +13,7 @@ import structlog
 import zmq
 
 from bros_kernels.kernels import UnknownKernelsError
+from bros_shard.checkpoint import CheckpointError
 from bros_shard.exit_codes import ExitCode
 from bros_shard.memory import InsufficientMemoryError
 from bros_shard.model_config import UnsupportedModelError
@@ -35,7 +36,6 @@ from bros_shard.protocol import (
     decode_from_router,
     encode,
 )
-from bros_shard.weights import CheckpointError
 from bros_shard.worker import DeviceError, Worker
 
 HEARTBEAT_PERIOD_S: Final = 0.5

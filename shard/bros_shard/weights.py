@@ -1,205 +1,58 @@
-"""Reading a checkpoint: safetensors only, slice by slice, and refused where a tensor is not what the model needs."""
+"""This rank's share of a checkpoint's tensors."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any, Final, TypeAlias
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bros_kernels.kernels import Kernels
-from bros_shard.parallel import ParallelGroup
-
-INDEX_FILE: Final = "model.safetensors.index.json"
-SINGLE_FILE: Final = "model.safetensors"
-#: Names of safetensors dtypes that can be served; everything else is quantised or no weight at all.
-_FLOAT_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2}
-
-#: Called with (bytes done, bytes in total).
-OnProgress: TypeAlias = Callable[[int, int], None]
+from bros_kernels.low_rank import AdapterRouting
+from bros_shard.checkpoint import Checkpoint
+from bros_shard.lora import LoraAdapter
+from bros_shard.parallel import ParallelGroup, part_of
 
 
-class CheckpointError(Exception):
-    """The checkpoint cannot be served. The text names the file and the tensor."""
-
-
-class Checkpoint:
-    """The tensors of a model folder, read where the model asks for them.
-
-    Use as a context manager; `close` without having taken every tensor is fine, `check_all_taken` is what refuses
-    a checkpoint that holds more than the model.
-
-    Raises:
-        CheckpointError: no safetensors, or files that are missing, truncated or inconsistent.
-    """
-
-    def __init__(self, folder: Path, on_progress: OnProgress = lambda done, total: None) -> None:
-        self._on_progress = on_progress
-        self._stack = ExitStack()
-        self._slices: dict[str, Any] = {}
-        self._file_of: dict[str, str] = {}
-        self._left: set[str] = set()
-        self._num_done_bytes = 0
-        try:
-            for file_name, expected in _files(folder).items():
-                self._open(folder / file_name, expected)
-        except BaseException:
-            self._stack.close()
-            raise
-        self._left = set(self._slices)
-        self._num_total_bytes = sum(map(self._num_bytes, self._slices))
-
-    def __enter__(self) -> Checkpoint:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._slices.clear()
-        self._stack.close()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._slices
-
-    def take(self, name: str, shape: Sequence[int], dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows or columns [start, stop) along `dim` of a tensor that must have this whole `shape`.
-
-        Returns:
-            A CPU tensor in the checkpoint's dtype.
-
-        Raises:
-            CheckpointError: no such tensor, another shape, not a floating-point dtype, or unreadable.
-        """
-        found = self._slices.get(name)
-        if found is None:
-            raise CheckpointError(f"tensor {name!r} is missing from the checkpoint")
-        where = f"{self._file_of[name]}: tensor {name!r}"
-        if list(found.get_shape()) != list(shape):
-            raise CheckpointError(f"{where} has shape {list(found.get_shape())}, the model needs {list(shape)}")
-        if found.get_dtype() not in _FLOAT_BYTES:
-            raise CheckpointError(f"{where} has dtype {found.get_dtype()}, which is not a weight this server can use")
-        try:
-            part: Tensor = found[(slice(None),) * dim + (slice(start, stop),)]
-        except SafetensorError as error:
-            raise CheckpointError(f"{where} cannot be read: {error}") from None
-        if name in self._left:
-            self._left.discard(name)
-            self._num_done_bytes += self._num_bytes(name)
-            self._on_progress(self._num_done_bytes, self._num_total_bytes)
-        return part
-
-    def check_all_taken(self, ignored: Iterable[str] = ()) -> None:
-        """Refuse tensors that the model has no use for: they mean that it is not the model it says it is.
-
-        Args:
-            ignored: names that may stay; one that begins with a dot stands for every name that ends so.
-        """
-        suffixes = tuple(name for name in ignored if name.startswith("."))
-        extra = sorted(name for name in self._left.difference(ignored) if not name.endswith(suffixes))
-        if extra:
-            raise CheckpointError(
-                f"{self._file_of[extra[0]]}: tensor {extra[0]!r} is not part of the model ({len(extra)} such tensors)"
-            )
-        self._on_progress(self._num_total_bytes, self._num_total_bytes)
-
-    def _open(self, path: Path, expected: set[str] | None) -> None:
-        try:
-            file = self._stack.enter_context(safe_open(path, framework="pt"))
-            names = set(file.keys())
-            slices = {name: file.get_slice(name) for name in names}
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path.name} cannot be read: {error}") from None
-        for name in sorted((expected or set()) - names):
-            raise CheckpointError(f"{path.name}: tensor {name!r} is missing, though {INDEX_FILE} names it there")
-        for name in sorted(names & self._slices.keys()):
-            raise CheckpointError(f"{path.name}: tensor {name!r} stands in {self._file_of[name]} too")
-        self._slices.update(slices)
-        self._file_of.update(dict.fromkeys(names, path.name))
-
-    def _num_bytes(self, name: str) -> int:
-        num_bytes = _FLOAT_BYTES.get(self._slices[name].get_dtype(), 1)
-        for size in self._slices[name].get_shape():
-            num_bytes *= size
-        return num_bytes
-
-
-def _files(folder: Path) -> dict[str, set[str] | None]:
-    """The safetensors files of a folder, with the tensors each should hold where an index says so."""
-    if (folder / INDEX_FILE).is_file():
-        return _indexed_files(folder)
-    if (folder / SINGLE_FILE).is_file():
-        return {SINGLE_FILE: None}
-    if any(folder.glob("*.bin")) or any(folder.glob("*.pt")):
-        raise CheckpointError(
-            "the model has only PyTorch .bin weights, which can run code when they are read: convert it to safetensors"
-        )
-    raise CheckpointError(f"the model folder holds neither {SINGLE_FILE} nor {INDEX_FILE}")
-
-
-def _indexed_files(folder: Path) -> dict[str, set[str] | None]:
-    try:
-        weight_map = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"]
-        entries = [(str(name), str(file_name)) for name, file_name in weight_map.items()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError(f"{INDEX_FILE} is not a weight index") from None
-    files: dict[str, set[str]] = {}
-    for name, file_name in entries:
-        if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
-            raise CheckpointError(f"{INDEX_FILE}: tensor {name!r} is said to be in {file_name!r}, not a file beside it")
-        files.setdefault(file_name, set()).add(name)
-    return dict(files)
-
-
+@dataclass(frozen=True, eq=False)
 class RankWeights:
-    """This rank's share of a checkpoint, on its device and in the dtype that is served."""
+    """This rank's share of a checkpoint, on its device and in the dtype that is served. Read where it is asked for."""
 
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        parallel: ParallelGroup,
-        device: torch.device,
-        dtype: torch.dtype,
-        kernels: Kernels,
-        are_transposed: bool = False,
-    ) -> None:
-        """Describe the share; nothing is read yet.
-
-        Args:
-            kernels: what is computed with the weights, which may lay them out anew.
-            are_transposed: the checkpoint's matrices are (in_features, out_features). Shapes, rows and columns are said
-                of what becomes of them: (out_features, in_features).
-        """
-        self.checkpoint = checkpoint
-        self.kernels = kernels
-        self.parallel = parallel
-        self.device = device
-        self.dtype = dtype
-        self._are_transposed = are_transposed
+    checkpoint: Checkpoint
+    parallel: ParallelGroup
+    device: torch.device
+    dtype: torch.dtype
+    #: What is computed with the weights, which may lay them out anew.
+    kernels: Kernels
+    #: The checkpoint's matrices are (in_features, out_features). Shapes, rows and columns are said of what becomes of
+    #: them: (out_features, in_features).
+    are_transposed: bool = False
+    #: What is added to some of the weights, for the rows that the routing says, by index.
+    adapters: Sequence[LoraAdapter] = ()
+    routing: AdapterRouting = field(default_factory=AdapterRouting)
 
     def transposed(self) -> RankWeights:
         """The same share, of matrices that the checkpoint holds as (in_features, out_features)."""
-        return RankWeights(self.checkpoint, self.parallel, self.device, self.dtype, self.kernels, are_transposed=True)
+        return replace(self, are_transposed=True)
+
+    def unadapted(self) -> RankWeights:
+        """The same share, to which no adapter adds anything."""
+        return replace(self, adapters=())
 
     def whole(self, name: str, shape: Sequence[int]) -> Tensor:
         """The whole tensor, on every rank."""
         return self._take(name, shape)
 
-    def rows(self, name: str, shape: Sequence[int], num_parts: int | None = None) -> Tensor:
-        """This rank's part of dim 0, cut into `num_parts`: the world size, or fewer where ranks share a part."""
-        num_parts = num_parts or self.parallel.world_size
-        return self._part(name, shape, 0, self.parallel.rank * num_parts // self.parallel.world_size, num_parts)
-
-    def blocks(self, name: str, shape: Sequence[int], block_size: int, indices: Sequence[int]) -> Tensor:
-        """Blocks of `block_size` along dim 0, those of `indices` in their order."""
-        starts = [index * block_size for index in indices]
-        return torch.cat([self._take(name, shape, 0, start, start + block_size) for start in starts])
+    def rows(self, name: str, shape: Sequence[int], ranges: Iterable[range]) -> Tensor:
+        """Ranges of dim 0, in their order."""
+        parts = [self._take(name, shape, 0, rows.start, rows.stop) for rows in ranges]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     def columns(self, name: str, shape: Sequence[int]) -> Tensor:
         """This rank's part of dim 1."""
-        return self._part(name, shape, 1, self.parallel.rank, self.parallel.world_size)
+        columns = part_of(self.parallel, shape[1])
+        return self._take(name, shape, 1, columns.start, columns.stop)
 
     def padded_rows(self, name: str, shape: tuple[int, int]) -> Tensor:
         """This rank's part of dim 0, cut into equal parts of which the last is filled up with zeros."""
@@ -209,18 +62,14 @@ class RankWeights:
         part = self.checkpoint.take(name, shape, 0, start, stop)
         if stop - start < num_rows:
             part = torch.cat([part, part.new_zeros(num_rows - (stop - start), shape[1])])
-        return self._place(part)
+        return self.placed(part)
 
-    def _part(self, name: str, shape: Sequence[int], dim: int, index: int, num_parts: int) -> Tensor:
-        assert shape[dim] % num_parts == 0
-        size = shape[dim] // num_parts
-        return self._take(name, shape, dim, index * size, (index + 1) * size)
+    def placed(self, tensor: Tensor) -> Tensor:
+        """A copy on this rank's device, in the dtype that is served."""
+        # Always: a tensor that still lay in the mapped file would fault if the file were cut while serving.
+        return tensor.to(device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format)
 
     def _take(self, name: str, shape: Sequence[int], dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
-        if self._are_transposed and len(shape) == 2:
-            return self._place(self.checkpoint.take(name, shape[::-1], 1 - dim, start, stop).T)
-        return self._place(self.checkpoint.take(name, shape, dim, start, stop))
-
-    def _place(self, tensor: Tensor) -> Tensor:
-        # A copy always: a tensor that still lay in the mapped file would fault if the file were cut while serving.
-        return tensor.to(device=self.device, dtype=self.dtype, copy=True, memory_format=torch.contiguous_format)
+        if self.are_transposed and len(shape) == 2:
+            return self.placed(self.checkpoint.take(name, shape[::-1], 1 - dim, start, stop).T)
+        return self.placed(self.checkpoint.take(name, shape, dim, start, stop))

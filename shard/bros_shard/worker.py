@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from bros_kernels.kernels import select_kernels
+from bros_kernels.low_rank import AdapterRouting
 from bros_shard.batch import StepBatch, build_batch, build_sampling_batch
 from bros_shard.grammar_compiler import GrammarCompiler
 from bros_shard.guidance import GuidedSequences, TokenMasks
@@ -75,7 +76,7 @@ class Worker:
         """Load this rank's slice of the model and allocate its KV region.
 
         Raises:
-            UnsupportedModelError, CheckpointError: the model cannot be served.
+            UnsupportedModelError, CheckpointError: the model, or an adapter, cannot be served.
             UnknownKernelsError, DeviceError: `options` ask for what this machine does not have.
             InsufficientMemoryError: there is no room for a single block.
         """
@@ -91,6 +92,8 @@ class Worker:
             options.kernels, self._device, self._dtype, self._num_threads, has_int8_weights=options.quantize == "int8"
         )
         self._parallel = ParallelGroup(options.rank, options.world_size, options.rendezvous, self._device.type)
+        self._routing = AdapterRouting()
+        self._adapters = options.adapter_folders
         self._model = load_model(
             folder,
             config,
@@ -100,6 +103,8 @@ class Worker:
             _limits(options),
             self._kernels,
             lambda done, total: on_progress("loading", done, total),
+            self._adapters,
+            self._routing,
         )
         self._sampler = Sampler(self._kernels)
         self._guided = _guided_sequences(options, self.vocab_size)
@@ -227,7 +232,8 @@ class Worker:
         masks = self._guided.begin_masks([sequence.sequence_id for sequence in batch.sampled])
         attention = self._kernels.attention(batch.attention)
         layers = _Layers(self.cache.layers, between_layers)
-        hidden = self._model.forward(batch.input_ids, batch.positions, layers, attention)
+        with self._routing.routed(batch.adapted_rows):
+            hidden = self._model.forward(batch.input_ids, batch.positions, layers, attention)
         logits = None
         if batch.sampled:
             logits = self._model.logits(hidden.index_select(0, batch.sampled_tokens))
@@ -285,7 +291,9 @@ class Worker:
         block_size = self.options.block_size
         self.cache = KVCache(self._model.kv_shape, num_blocks, block_size, num_host_blocks, self._dtype, self._device)
         self._pool = TokenPool(self._device)
-        self._sequences = SequenceTable(self._pool, self.vocab_size, self.max_length, num_blocks, block_size)
+        self._sequences = SequenceTable(
+            self._pool, self.vocab_size, self.max_length, num_blocks, block_size, len(self._adapters)
+        )
 
     def _choose_num_blocks(self) -> int:
         options = self.options

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -24,6 +28,7 @@ from bros_shard.protocol import (
     SequenceStep,
     StepPlan,
     TailMove,
+    encode,
 )
 from bros_shard.worker import OnProgress, Worker
 
@@ -402,8 +407,8 @@ class ScriptedRouter:
         self._sequences: dict[int, _Scripted] = {}
         self._known: set[int] = set()
         self._owners: dict[int, list[int]] = {}
-        #: Prompts that come in the middle of a step, one a step.
-        self.arriving: list[list[int]] = []
+        #: Prompts, and their adapters, that come in the middle of a step, one a step.
+        self.arriving: list[tuple[list[int], int | None]] = []
 
     def add(
         self,
@@ -411,6 +416,7 @@ class ScriptedRouter:
         direction: str = "forward",
         sampling: SamplingParams = SAMPLING,
         num_prompt_top_tokens: int | None = None,
+        adapter: int | None = None,
     ) -> int:
         """Queue a sequence that generates NUM_NEW_TOKENS; direction is forward, reversed or mixed. Returns its id."""
         sequence_id = len(self._sequences)
@@ -420,6 +426,7 @@ class ScriptedRouter:
             len(prompt) + NUM_NEW_TOKENS,
             sampling,
             num_prompt_top_tokens=num_prompt_top_tokens,
+            adapter=adapter,
         )
         signs = {"forward": (1,), "reversed": (-1,), "mixed": (1, -1)}[direction]
         self._sequences[sequence_id] = _Scripted(new, list(prompt), signs)
@@ -490,7 +497,8 @@ class ScriptedRouter:
 
     def _interrupt(self) -> float:
         """Run a whole prompt between two layers of a step."""
-        i = self.add(self.arriving.pop())
+        prompt, adapter = self.arriving.pop()
+        i = self.add(prompt, adapter=adapter)
         sequence = self._sequences[i]
         self._known.add(i)
         planned = {i: len(sequence.token_ids)}
@@ -586,6 +594,42 @@ class ScriptedRouter:
                 self._worker.cache.region[:, :, block_of(entry)] = float("nan")
         sequence.block_table = []
         sequence.num_unchanged = 0
+
+
+@pytest.fixture(scope="session")
+def generate() -> Callable[[Any, list[int]], list[int]]:
+    """What a model of transformers answers to a prompt: NUM_NEW_TOKENS, greedy with SAMPLING's penalty."""
+    return _generate
+
+
+@pytest.fixture
+def run_ranks(tmp_path: Path) -> Callable[..., dict[str, list[int]]]:
+    """`run_ranks(options, world_size, plans)`: tokens of each sequence, from ranks in processes of their own."""
+
+    def run(options: ShardOptions, world_size: int, plans: list[StepPlan]) -> dict[str, list[int]]:
+        plans_path, results_path = tmp_path / "plans.json", tmp_path / "results.json"
+        plans_path.write_text(json.dumps([encode(plan).hex() for plan in plans]))
+        rendezvous = f"file://{tmp_path}/{uuid4()}"
+        ranks = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    str(Path(__file__).with_name("replay_rank.py")),
+                    str(plans_path),
+                    str(results_path),
+                    *replace(options, rank=rank, world_size=world_size, rendezvous=rendezvous).to_argv(),
+                ],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(world_size)
+        ]
+        errors = [rank.communicate(timeout=600)[1] for rank in ranks]
+        assert [rank.returncode for rank in ranks] == [0] * world_size, errors
+        outputs: dict[str, list[int]] = json.loads(results_path.read_text())
+        return outputs
+
+    return run
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ PENALTY = SamplingParams(repetition_penalty=1.2)
 
 def build(new: list[NewSequence], steps: list[SequenceStep]) -> tuple[StepBatch, TokenPool]:
     pool = TokenPool(CPU)
-    table = SequenceTable(pool, vocab_size=1000, max_length=100, num_blocks=20, block_size=16)
+    table = SequenceTable(pool, vocab_size=1000, max_length=100, num_blocks=20, block_size=16, num_adapters=3)
     sequences = table.apply(StepPlan(0, 0, sequences=steps, new_sequences=new))
     return build_batch(steps, sequences, pool, 16, CPU), pool
 
@@ -44,6 +44,20 @@ def test_decodes_come_first_by_length_then_chunks() -> None:
     assert [sequence.sequence_id for sequence in batch.sampled] == [3, 1, 2]
     assert batch.sampled_tokens.tolist() == [0, 1, 8]
     assert batch.sampled_columns.tolist() == [5, 18, 3]
+
+
+def test_tokens_go_through_the_adapters_of_their_sequences() -> None:
+    def adapted(*adapters: int | None) -> list[tuple[int, list[int] | None]]:
+        """Of sequences that bring 2, 1, 1, … tokens: those with one come first."""
+        new = [NewSequence(i, [5, 6], 90, SamplingParams(), adapter=adapter) for i, adapter in enumerate(adapters)]
+        steps = [SequenceStep(i, min(i, 1), 2 - min(i, 1), 0, [i]) for i in range(len(adapters))]
+        batch, _ = build(new, steps)
+        return [(part.adapter, None if part.rows is None else part.rows.tolist()) for part in batch.adapted_rows]
+
+    assert adapted(None, None) == []
+    assert adapted(1, 1) == [(1, None)]
+    assert adapted(0, None) == [(0, [1, 2])]
+    assert adapted(2, 0, None, 2) == [(0, [0]), (2, [2, 3, 4])]
 
 
 def test_sampled_token_is_the_next_input() -> None:

@@ -78,7 +78,7 @@ def test_models_are_refused_by_the_name_of_a_field(
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "no readable config.json"),
+        (None, "config.json is missing or cannot be read"),
         ("{", "config.json is not JSON"),
         ("\xff\xfe", "config.json is not JSON"),
         ("[1]", "config.json is not a JSON object"),

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.torch_kernels import TorchKernels
+from bros_shard.checkpoint import Checkpoint
 from bros_shard.models.attention import QKVLayout, fused_qkv, separate_qkv
 from bros_shard.models.heads import Heads
 from bros_shard.models.layers import fused_gated_linear, gated_linear
-from bros_shard.weights import Checkpoint, RankWeights
+from bros_shard.weights import RankWeights
 
 SIZE, HEAD_DIM, INNER_SIZE = 12, 4, 8
 

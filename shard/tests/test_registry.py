@@ -14,6 +14,7 @@ from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.kernels import select_kernels
 from bros_kernels.linear import RMSNorm
 from bros_kernels.torch_kernels import TorchKernels
+from bros_shard.checkpoint import Checkpoint
 from bros_shard.kv_cache import KVCache
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
 from bros_shard.models.experts import Experts
@@ -22,7 +23,7 @@ from bros_shard.models.model import ModelLimits
 from bros_shard.models.qwen_moe import read_qwen3_moe
 from bros_shard.models.registry import load_model
 from bros_shard.parallel import ParallelGroup
-from bros_shard.weights import Checkpoint, RankWeights
+from bros_shard.weights import RankWeights
 
 CPU = torch.device("cpu")
 

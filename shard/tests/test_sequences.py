@@ -21,7 +21,7 @@ def new(sequence_id: int, num_tokens: int = 20, max_total_tokens: int = 40, toke
 
 def make_table() -> SequenceTable:
     """A table that knows sequence 0: 20 tokens of at most 40, in blocks 3 and (reversed) 5."""
-    table = SequenceTable(TokenPool(CPU), vocab_size=100, max_length=64, num_blocks=8, block_size=16)
+    table = SequenceTable(TokenPool(CPU), vocab_size=100, max_length=64, num_blocks=8, block_size=16, num_adapters=2)
     steps = [SequenceStep(0, 0, 20, 0, [3, ~5])]
     (sequence,) = table.apply(StepPlan(0, 0, new_sequences=[new(0)], sequences=steps))
     assert sequence.block_table.tolist() == [3, ~5]
@@ -42,6 +42,10 @@ def make_table() -> SequenceTable:
             "sequence 1 has a token outside the vocabulary",
         ),
         ({"new_sequences": [NewSequence(1, [1], 9, SamplingParams(), 1)]}, "sequence 1 has no prompt"),
+        (
+            {"new_sequences": [NewSequence(1, [1], 9, SamplingParams(), adapter=2)]},
+            "sequence 1: adapter 2 of 2",
+        ),
         ({"sequences": [SequenceStep(1, 0, 1, 0, [1])]}, "sequence 1 is not known"),
         ({"releases": [0], "sequences": [SequenceStep(0, 0, 20, 2, [])]}, "sequence 0 is not known"),
         ({"sequences": [SequenceStep(0, 0, 1, 2, [])] * 2}, "a sequence stands twice in a step"),

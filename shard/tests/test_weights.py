@@ -18,7 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from bros_kernels.torch_kernels import TorchKernels
-from bros_shard.weights import Checkpoint, CheckpointError, RankWeights
+from bros_shard.checkpoint import Checkpoint, CheckpointError
+from bros_shard.parallel import part_of
+from bros_shard.weights import RankWeights
 
 EMBEDDING = "model.embed_tokens.weight"
 DOWN = "model.layers.1.mlp.down_proj.weight"
@@ -71,34 +73,33 @@ def test_ranks_hold_the_whole_between_them(world_size: int, tmp_path: Path) -> N
     save(tmp_path, {"m": matrix})
     with Checkpoint(tmp_path) as checkpoint:
         ranks = [rank_weights(checkpoint, rank, world_size) for rank in range(world_size)]
-        assert torch.equal(torch.cat([rank.rows("m", (8, 12)) for rank in ranks]), matrix)
         assert torch.equal(torch.cat([rank.columns("m", (8, 12)) for rank in ranks], 1), matrix)
         assert all(torch.equal(rank.whole("m", (8, 12)), matrix) for rank in ranks)
-        assert torch.equal(torch.cat([rank.transposed().rows("m", (12, 8)) for rank in ranks]), matrix.T)
         assert torch.equal(torch.cat([rank.transposed().columns("m", (12, 8)) for rank in ranks], 1), matrix.T)
-        assert ranks[0].transposed().rows("m", (12, 8)).is_contiguous()
+        assert ranks[0].transposed().columns("m", (12, 8)).is_contiguous()
 
 
-def test_blocks_come_in_the_order_asked_for(tmp_path: Path) -> None:
+def test_rows_come_in_the_order_asked_for(tmp_path: Path) -> None:
     matrix, bias = torch.randn(6, 4), torch.randn(6)
     save(tmp_path, {"m": matrix, "b": bias, "t": matrix.T.contiguous()})
+    ranges = [range(4, 6), range(2)]
     with Checkpoint(tmp_path) as checkpoint:
         weights = rank_weights(checkpoint, 0, 1)
         expected = torch.cat([matrix[4:], matrix[:2]])
-        assert torch.equal(weights.blocks("m", (6, 4), 2, (2, 0)), expected)
-        assert torch.equal(weights.blocks("b", (6,), 2, (2, 0)), torch.cat([bias[4:], bias[:2]]))
-        assert torch.equal(weights.transposed().blocks("t", (6, 4), 2, (2, 0)), expected)
-        assert torch.equal(weights.transposed().blocks("b", (6,), 2, (0,)), bias[:2])
+        assert torch.equal(weights.rows("m", (6, 4), ranges), expected)
+        assert torch.equal(weights.rows("b", (6,), ranges), torch.cat([bias[4:], bias[:2]]))
+        assert torch.equal(weights.transposed().rows("t", (6, 4), ranges), expected)
+        assert weights.transposed().rows("t", (6, 4), ranges[:1]).is_contiguous()
+        assert torch.equal(weights.transposed().rows("b", (6,), ranges[1:]), bias[:2])
 
 
 def test_ranks_share_parts_and_pad_the_last(tmp_path: Path) -> None:
     matrix = torch.arange(10.0).view(5, 2)
-    save(tmp_path, {"m": matrix, "kv": matrix[:4].clone()})
-    with Checkpoint(tmp_path) as checkpoint:
-        ranks = [rank_weights(checkpoint, rank, 4) for rank in range(4)]
-        halves = [rank.rows("kv", (4, 2), num_parts=2).tolist() for rank in ranks]
-        padded = torch.cat([rank.padded_rows("m", (5, 2)) for rank in ranks])
-    assert halves == [[[0, 1], [2, 3]], [[0, 1], [2, 3]], [[4, 5], [6, 7]], [[4, 5], [6, 7]]]
+    ranks: list[Any] = [Ranks(rank, 4) for rank in range(4)]
+    assert [part_of(parallel, 8) for parallel in ranks] == [range(2), range(2, 4), range(4, 6), range(6, 8)]
+    assert [part_of(parallel, 4, num_parts=2) for parallel in ranks] == [range(2), range(2), range(2, 4), range(2, 4)]
+    with Checkpoint(save(tmp_path, {"m": matrix})) as checkpoint:
+        padded = torch.cat([rank_weights(checkpoint, rank, 4).padded_rows("m", (5, 2)) for rank in range(4)])
     assert padded.tolist() == [*matrix.tolist(), [0, 0], [0, 0], [0, 0]]
 
 

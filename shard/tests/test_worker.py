@@ -6,12 +6,9 @@ import contextlib
 import json
 import math
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import pytest
 import torch
@@ -24,7 +21,6 @@ from bros_shard.batch import StepBatch, build_batch
 from bros_shard.host_pool import HostPool
 from bros_shard.kv_cache import KVCache
 from bros_shard.memory import InsufficientMemoryError
-from bros_shard.options import ShardOptions
 from bros_shard.protocol import (
     HostCopy,
     NewSequence,
@@ -33,7 +29,6 @@ from bros_shard.protocol import (
     StepPlan,
     StepShape,
     TailMove,
-    encode,
 )
 from bros_shard.worker import NO_TOKEN_FAULT, Worker
 
@@ -192,7 +187,7 @@ def test_step_in_the_middle_of_another_changes_neither(name, reference, make_wor
     router = scripted_router(make_worker(expected.path), chunk_size=16)
     for prompt in expected.prompts[:6]:
         router.add(prompt)
-    router.arriving = expected.prompts[:5:-1]  # taken from the end
+    router.arriving = [(prompt, None) for prompt in expected.prompts[:5:-1]]  # taken from the end
     assert router.run() == expected.outputs
     assert sum(plan.is_interruption for plan in router.plans) == 10
 
@@ -235,7 +230,7 @@ def test_cpu_kernels_give_the_same_tokens_alone_and_in_any_batch(
 
 
 @pytest.mark.parametrize(("name", "world_size"), [*((name, 2) for name in FAMILIES), ("qwen3-window-bias", 4)])
-def test_ranks_together_equal_one(name, world_size, reference, make_worker, scripted_router, tmp_path) -> None:
+def test_ranks_together_equal_one(name, world_size, reference, make_worker, scripted_router, run_ranks) -> None:
     """Real processes. With 4 ranks, pairs of them hold the same of the 2 key-value heads."""
     expected = reference(name)
     worker = make_worker(expected.path)
@@ -248,39 +243,14 @@ def test_ranks_together_equal_one(name, world_size, reference, make_worker, scri
     router.preempt(6)
     assert router.run() == expected.outputs
 
-    outputs = _run_ranks(worker.options, world_size, router.plans, tmp_path)
+    outputs = run_ranks(worker.options, world_size, router.plans)
     assert [outputs[str(index)] for index in range(len(expected.prompts))] == expected.outputs
-
-
-def _run_ranks(options: ShardOptions, world_size: int, plans: list[StepPlan], folder: Path) -> dict[str, list[int]]:
-    """Tokens of each sequence, from ranks in processes of their own."""
-    plans_path, results_path = folder / "plans.json", folder / "results.json"
-    plans_path.write_text(json.dumps([encode(plan).hex() for plan in plans]))
-    rendezvous = f"file://{folder}/{uuid4()}"
-    ranks = [
-        subprocess.Popen(
-            [
-                sys.executable,
-                str(Path(__file__).with_name("replay_rank.py")),
-                str(plans_path),
-                str(results_path),
-                *replace(options, rank=rank, world_size=world_size, rendezvous=rendezvous).to_argv(),
-            ],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world_size)
-    ]
-    errors = [rank.communicate(timeout=600)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0] * world_size, errors
-    outputs: dict[str, list[int]] = json.loads(results_path.read_text())
-    return outputs
 
 
 @pytest.mark.parametrize("name", ["llama-biases", "qwen2-moe", "gemma2", "gpt2"])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_int8_of_the_cpu_kernels_gives_the_tokens_of_pytorch(
-    name, world_size, reference, make_worker, scripted_router, tmp_path
+    name, world_size, reference, make_worker, scripted_router, run_ranks
 ) -> None:
     """In float32, so that nothing but the rounding to int8, which is exact, could tell them apart."""
     outputs = []
@@ -294,18 +264,18 @@ def test_int8_of_the_cpu_kernels_gives_the_tokens_of_pytorch(
             router.add(prompt, "forward" if index % 2 else "reversed")
         outputs.append(router.run())
         if world_size > 1:
-            ranks_outputs = _run_ranks(worker.options, world_size, router.plans, tmp_path)
+            ranks_outputs = run_ranks(worker.options, world_size, router.plans)
             outputs[-1] = [ranks_outputs[str(index)] for index in range(len(outputs[-1]))]
     assert outputs[0] == outputs[1]
     assert outputs[0] != reference(name).outputs, "int8 changed nothing"
 
 
-def test_ranks_agree_on_what_rank_0_remembers(reference, make_worker, tmp_path, cache_home) -> None:
+def test_ranks_agree_on_what_rank_0_remembers(reference, make_worker, run_ranks, cache_home) -> None:
     options = make_worker(reference("llama").path).options
-    assert _run_ranks(options, 2, [], tmp_path) == {}
+    assert run_ranks(options, 2, []) == {}
     (kept,) = cache_home.rglob("*.json")
     content = kept.read_bytes()
-    assert _run_ranks(options, 2, [], tmp_path) == {}
+    assert run_ranks(options, 2, []) == {}
     assert kept.read_bytes() == content
 
 

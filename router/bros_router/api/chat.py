@@ -39,8 +39,6 @@ from bros_router.chat_templates.renderer import TemplateError
 from bros_router.grammars.protocol import NO_TOOL
 from bros_router.request import OverloadedError, TokenEvent
 
-#: TGI's word for the model that is served, whichever it is.
-_PLACEHOLDER_MODEL: Final = "tgi"
 #: When to come again where too many chats wait to be rendered: one takes no longer.
 _RENDERING_RETRY_S: Final = 1.0
 
@@ -59,14 +57,13 @@ async def chat_reply(request: web.Request, body: AnyChatBody) -> web.StreamRespo
         body.check_supported()
         tools = body.tools_in_play()
         inference = await _inference(api, body, tools)
-    named = None if body.model == _PLACEHOLDER_MODEL else body.model
     chat = _Chat(
         api,
         body,
         level,
         tools,
         inference,
-        ReplyHead(api.dialect.reply_id("chatcmpl", inference.request_id), named or api.model().model_id),
+        ReplyHead(api.dialect.reply_id("chatcmpl", inference.request_id), body.named_model or api.model().model_id),
         compute_headers(api.model(), len(inference.inputs), level.request_class),
     )
     if not body.stream:

@@ -49,6 +49,11 @@ class Dialect(Protocol):
         ...
 
     @property
+    def lists_adapters(self) -> bool:
+        """Whether `/v1/models` has the adapters too."""
+        ...
+
+    @property
     def cuts_stop_sequences(self) -> bool:
         """As in `ValidRequest`."""
         ...
@@ -102,6 +107,7 @@ class OpenAIDialect:
     completion_body: type[AnyCompletionBody] = CompletionBody
     chat_decoder: msgspec.json.Decoder[AnyChatBody] = msgspec.json.Decoder(ChatBody)
     completion_decoder: msgspec.json.Decoder[AnyCompletionBody] = msgspec.json.Decoder(CompletionBody)
+    lists_adapters = True
     cuts_stop_sequences = True
     tells_of_declined_tools = False
 
@@ -151,6 +157,7 @@ class TgiDialect:
     completion_body: type[AnyCompletionBody] = TgiCompletionBody
     chat_decoder: msgspec.json.Decoder[AnyChatBody] = msgspec.json.Decoder(TgiChatBody)
     completion_decoder: msgspec.json.Decoder[AnyCompletionBody] = msgspec.json.Decoder(TgiCompletionBody)
+    lists_adapters = False
     cuts_stop_sequences = False
     tells_of_declined_tools = True
 

@@ -215,9 +215,11 @@ async def info(request: web.Request) -> web.StreamResponse:
 
 
 async def models(request: web.Request) -> web.StreamResponse:
-    """`GET /v1/models`: a list of one."""
-    model_id = request.app[API].model().model_id
-    return json_response(ModelList(data=[ModelInfo(id=model_id, owned_by=model_id)]))
+    """`GET /v1/models`: what `model` may be in a body; of TGI's, a list of one."""
+    api = request.app[API]
+    model = api.model()
+    names = [model.model_id, *(model.adapter_ids if api.dialect.lists_adapters else ())]
+    return json_response(ModelList(data=[ModelInfo(id=name, owned_by=model.model_id) for name in names]))
 
 
 async def prometheus(request: web.Request) -> web.StreamResponse:

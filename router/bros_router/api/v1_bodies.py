@@ -26,6 +26,9 @@ from bros_router.request import RequestClass
 #: TGI's words.
 _EXCLUSIVE: Final = "Grammar and tools are mutually exclusive"
 
+#: TGI's word for the model that is served, whichever it is.
+_PLACEHOLDER_MODEL: Final = "tgi"
+
 _Tokens: TypeAlias = list[U32]
 
 
@@ -69,6 +72,11 @@ class _Body(Struct, frozen=True, kw_only=True):
         check_seed(self.seed)
 
     @property
+    def named_model(self) -> str | None:
+        """The model, or the adapter of it, that is asked for by name."""
+        return None if self.model == _PLACEHOLDER_MODEL else self.model
+
+    @property
     def openai(self) -> OpenAIParameters:
         """What TGI does not know."""
         return OpenAIParameters()
@@ -85,6 +93,7 @@ class _Body(Struct, frozen=True, kw_only=True):
             do_sample=not self._is_greedy,
             frequency_penalty=self.frequency_penalty,
             seed=self.seed,
+            adapter_id=self.named_model,
             **others,
         )
 

@@ -107,7 +107,6 @@ class Validator:
         parameters = request.parameters
         sampling = self._sampling_params(parameters, request.openai, model.vocab_size)
         _check_inputs(request.inputs, parameters.truncate, model.max_input_tokens)
-        _check_supported(parameters)
         prompt_token_ids = await self.in_thread(_prompt_token_ids, request, model)
         grammar = await self._vetted_grammar(request, model)
         num_free_tokens = model.max_total_tokens - len(prompt_token_ids)
@@ -121,6 +120,7 @@ class Validator:
             ignore_eos=parameters.ignore_eos,
             num_prompt_top_tokens=self._num_prompt_top_tokens(request),
             grammar=grammar,
+            adapter=model.adapter_index(parameters.adapter_id),
             request_class=level.request_class,
             ttft_s=level.ttft_s,
             tpot_s=level.tpot_s,
@@ -246,12 +246,6 @@ def _check_inputs(inputs: str | Sequence[int], truncate: int | None, max_input_t
         raise ValidationError(
             f"`truncate` must be strictly positive and less than {max_input_tokens}. Given: {truncate}"
         )
-
-
-def _check_supported(parameters: GenerateParameters) -> None:
-    """Refuse what TGI can do and this server cannot: an answer that ignored it would be wrong."""
-    if parameters.adapter_id is not None:
-        raise ValidationError("`adapter_id` is not supported by this server")
 
 
 def _prompt_token_ids(request: InferenceRequest, model: ServedModel) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Final
 
-from bros_router.kv.block_hasher import BlockHasher
+from bros_router.kv.block_hasher import BlockHasher, ModelVariant
 from bros_router.kv.kv_manager import Copies, KVManager
 from bros_router.request import FinishReason, RequestClass
 from bros_router.scheduling.deadlines import first_token_deadline_s
@@ -146,12 +146,12 @@ class Scheduler:
             free_s += sum(step.predicted_s for step in self._in_flight if step is not first)
         return free_s
 
-    def block_hashes(self, prompt_token_ids: tuple[int, ...]) -> list[bytes] | None:
-        """What a sequence with this prompt is to be given as its block hashes."""
+    def block_hashes(self, prompt_token_ids: tuple[int, ...], adapter: int | None = None) -> list[bytes] | None:
+        """What a sequence with this prompt and this adapter is to be given as its block hashes."""
         if self._hasher is None:
             return None
         hashes: list[bytes] = []
-        self._hasher.extend(hashes, prompt_token_ids, ())
+        self._hasher.extend(hashes, prompt_token_ids, (), _variant(adapter))
         return hashes
 
     def add(self, sequence: Sequence) -> None:
@@ -421,6 +421,7 @@ class Scheduler:
             len(sequence.output_token_ids),
             sequence.num_prompt_top_tokens,
             sequence.grammar,
+            sequence.adapter,
         )
 
     def _commit_token(self, sequence: Sequence, result: SequenceResult | None, now_s: float) -> Outcome:
@@ -435,7 +436,12 @@ class Scheduler:
         if self._hasher is not None and sequence.block_hashes is not None:
             num_known_tokens = sequence.num_prompt_tokens + len(sequence.output_token_ids)
             if num_known_tokens // self._kv.block_size > len(sequence.block_hashes):
-                self._hasher.extend(sequence.block_hashes, sequence.prompt_token_ids, sequence.output_token_ids)
+                self._hasher.extend(
+                    sequence.block_hashes,
+                    sequence.prompt_token_ids,
+                    sequence.output_token_ids,
+                    _variant(sequence.adapter),
+                )
                 if sequence.state is SequenceState.RUNNING:
                     self._publish(sequence)
         finish_reason = None
@@ -446,3 +452,8 @@ class Scheduler:
         if finish_reason is not None:
             self.finish(sequence, is_complete=True)
         return Outcome(sequence, result.token_id, result.logprob, finish_reason, top_tokens=result.top_tokens)
+
+
+def _variant(adapter: int | None) -> ModelVariant:
+    """With whom a sequence may share blocks: who goes through the same adapter."""
+    return "" if adapter is None else str(adapter)

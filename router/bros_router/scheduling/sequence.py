@@ -44,6 +44,8 @@ class Sequence:
     targets: LatencyTargets | None = None
     #: What its output must match; `None`: anything.
     grammar: str | None = None
+    #: As in `ValidRequest`.
+    adapter: int | None = None
 
     state: SequenceState = SequenceState.WAITING
     output_token_ids: list[int] = field(default_factory=list)

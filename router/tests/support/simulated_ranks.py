@@ -51,7 +51,7 @@ def sampled_token(seed: int, position: int) -> int:
 
 class SimulatedRanks:
     """Executes plans on a KV region and a host pool whose slots remember what they hold: which token of which sequence,
-    or, where sequences may read each other's blocks, after which others of whatever sequence."""
+    or, where sequences may read each other's blocks, after which others of whatever sequence with that adapter."""
 
     def __init__(
         self,
@@ -73,6 +73,7 @@ class SimulatedRanks:
         self.tokens: dict[int, list[int]] = {}
         self.seeds: dict[int, int] = {}
         self.capacities: dict[int, int] = {}
+        self.adapters: dict[int, int | None] = {}
         self.tables: dict[int, list[int]] = {}
         #: By sequence and position: what its slot must hold.
         self.contents: dict[int, list[int]] = {}
@@ -92,10 +93,11 @@ class SimulatedRanks:
     def _execute(self, plan: StepPlan) -> StepResult:
         assert plan.generation == self.generation
         for sequence_id in plan.releases:
-            for state in (self.tokens, self.seeds, self.capacities, self.tables, self.contents):
+            for state in (self.tokens, self.seeds, self.capacities, self.adapters, self.tables, self.contents):
                 del state[sequence_id]
         for new in plan.new_sequences:
             assert new.sequence_id not in self.tokens
+            self.adapters[new.sequence_id] = new.adapter
             self.tokens[new.sequence_id] = []
             self.contents[new.sequence_id] = []
             for token_id in new.token_ids:
@@ -128,7 +130,7 @@ class SimulatedRanks:
     def _append(self, sequence_id: int, token_id: int) -> None:
         self.tokens[sequence_id].append(token_id)
         contents = self.contents[sequence_id]
-        root = 0 if self.is_shared else sequence_id
+        root = hash(self.adapters[sequence_id]) if self.is_shared else sequence_id
         contents.append(hash((contents[-1] if contents else root, token_id)))
 
     def _slots(self, entry: int, num_tokens: int) -> list[int]:
@@ -196,6 +198,7 @@ def make_sequence(
     tpot_s: float = 0.1,
     are_given: bool = True,
     family: int | None = None,
+    adapter: int | None = None,
 ) -> Sequence:
     """A sequence whose output is known: its seed is its id. Prompts of a family begin alike."""
     return Sequence(
@@ -207,6 +210,7 @@ def make_sequence(
         eos_token_ids,
         float(sequence_id) if arrival_s is None else arrival_s,
         LatencyTargets(ttft_s, tpot_s, are_given) if request_class is RequestClass.RT else None,
+        adapter=adapter,
     )
 
 

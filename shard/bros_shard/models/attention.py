@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from enum import Enum
 
-import torch
 from torch import Tensor
 
 from bros_kernels.linear import Linear, RMSNorm
 from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_shard.models.heads import Heads
 from bros_shard.models.model import LayerKV
+from bros_shard.models.projections import HeldFeatures, column_parallel
 from bros_shard.weights import RankWeights
 
 
@@ -45,18 +45,13 @@ def separate_qkv(
     weights: RankWeights, prefix: str, heads: Heads, hidden_size: int, has_bias: bool, norm: RMSNorm | None = None
 ) -> Linear:
     """The projection that a checkpoint keeps as `q_proj`, `k_proj` and `v_proj`. `norm`: of its inputs."""
-    num_rows = {"q_proj": heads.num_heads, "k_proj": heads.num_kv_heads, "v_proj": heads.num_kv_heads}
+    num_heads = {"q_proj": heads.num_heads, "k_proj": heads.num_kv_heads, "v_proj": heads.num_kv_heads}
     num_parts = {"q_proj": heads.parallel.world_size, "k_proj": heads.num_kv_parts, "v_proj": heads.num_kv_parts}
-
-    def rows(kind: str, *columns: int) -> Tensor:
-        return torch.cat(
-            [
-                weights.rows(f"{prefix}.{name}.{kind}", (num * heads.head_dim, *columns), num_parts[name])
-                for name, num in num_rows.items()
-            ]
-        )
-
-    return weights.kernels.linear(rows("weight", hidden_size), rows("bias") if has_bias else None, norm)
+    held = [
+        HeldFeatures.part(heads.parallel, f"{prefix}.{name}", num * heads.head_dim, num_parts[name])
+        for name, num in num_heads.items()
+    ]
+    return column_parallel(weights, held, hidden_size, has_bias, norm)
 
 
 def fused_qkv(
@@ -69,11 +64,9 @@ def fused_qkv(
     norm: RMSNorm | None = None,
 ) -> Linear:
     """The projection that a checkpoint keeps as one tensor. `norm`: of its inputs."""
-    chosen = _fused_heads(heads, layout)
-    num_rows = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
-    weight = weights.blocks(f"{name}.weight", (num_rows, hidden_size), heads.head_dim, chosen)
-    bias = weights.blocks(f"{name}.bias", (num_rows,), heads.head_dim, chosen) if has_bias else None
-    return weights.kernels.linear(weight, bias, norm)
+    num_features = (heads.num_heads + 2 * heads.num_kv_heads) * heads.head_dim
+    held = HeldFeatures.blocks(name, num_features, heads.head_dim, _fused_heads(heads, layout))
+    return column_parallel(weights, [held], hidden_size, has_bias, norm)
 
 
 def _fused_heads(heads: Heads, layout: QKVLayout) -> list[int]:

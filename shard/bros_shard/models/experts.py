@@ -53,7 +53,8 @@ class Experts:
             """One whose result is this rank's part of a sum."""
             check_inner_size(weights.parallel, inner_size)
             gate, up, down = (f"{expert_name}.{projection}" for projection in config.projection_names)
-            gated = gated_linear(weights, (gate, up), inner_size, hidden_size, activation, has_bias=False)
+            # Experts see some of a step's tokens, so adapters, which go by where a token stands among all, add nothing.
+            gated = gated_linear(weights.unadapted(), (gate, up), inner_size, hidden_size, activation, has_bias=False)
             return GatedMLP(gated, weights.kernels.linear(weights.columns(f"{down}.weight", (hidden_size, inner_size))))
 
         self._config = config

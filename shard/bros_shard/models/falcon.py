@@ -12,8 +12,9 @@ from bros_kernels.paged_attention import Angles, PagedAttention
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.attention import Attention, QKVLayout, fused_qkv
 from bros_shard.models.heads import Heads
-from bros_shard.models.layers import MLP, LayerNorm, Vocabulary, check_divisible, read_activation, row_parallel
+from bros_shard.models.layers import MLP, LayerNorm, Vocabulary, check_divisible, read_activation
 from bros_shard.models.model import LayerKV, ModelLimits
+from bros_shard.models.projections import row_parallel
 from bros_shard.models.rotary import RopeFrequencies, Rotary, read_rope
 from bros_shard.models.rotary_decoder import RotaryDecoder
 from bros_shard.weights import RankWeights

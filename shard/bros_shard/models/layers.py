@@ -5,15 +5,14 @@ Sequences are flattened: activations are (T, features) for the T tokens of a ste
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Final
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.linear import Activation, Linear, RMSNorm
 from bros_shard.model_config import ConfigFields, UnsupportedModelError
+from bros_shard.models.projections import HeldFeatures, column_parallel, row_parallel
 from bros_shard.parallel import ParallelGroup
 from bros_shard.weights import RankWeights
 
@@ -38,32 +37,6 @@ def read_activation(config: ConfigFields, name: str, default: str) -> Activation
     if activation is None:
         raise config.refusal(name, "this activation is not supported")
     return activation
-
-
-def _column_parallel(
-    weights: RankWeights, names: Sequence[str], out_features: int, in_features: int, has_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of several projections of the same shape, each split by output features over the ranks.
-
-    They hold this rank's features of the first projection, then those of the next.
-    """
-    shape = (out_features, in_features)
-    weight = torch.cat([weights.rows(f"{name}.weight", shape) for name in names])
-    bias = torch.cat([weights.rows(f"{name}.bias", shape[:1]) for name in names]) if has_bias else None
-    return weight, bias
-
-
-def row_parallel(weights: RankWeights, name: str, out_features: int, in_features: int, has_bias: bool) -> Linear:
-    """A projection split by input features over the ranks, whose results are summed."""
-    weight = weights.columns(f"{name}.weight", (out_features, in_features))
-    bias = weights.whole(f"{name}.bias", (out_features,)) if has_bias else None
-    if weights.parallel.world_size == 1:
-        return weights.kernels.linear(weight, bias)
-    # One rank adds the bias and the residual, so that the sum holds them once.
-    is_first = weights.parallel.rank == 0
-    linear = weights.kernels.linear(weight, bias if is_first else None)
-    all_reduce = weights.parallel.all_reduce
-    return lambda x, residual=None: all_reduce(linear(x, residual if is_first else None))
 
 
 def rms_norm(weights: RankWeights, name: str, size: int, eps: float, offset: float = 0.0) -> RMSNorm:
@@ -134,8 +107,8 @@ def gated_linear(
     norm: RMSNorm | None = None,
 ) -> Linear:
     """activation(gate(norm(x))) * up(norm(x)), of the projections `names`: gate, up. Split by output features."""
-    weight, bias = _column_parallel(weights, names, out_features, in_features, has_bias)
-    return weights.kernels.gated_linear(weight, bias, activation, norm)
+    held = [HeldFeatures.part(weights.parallel, name, out_features) for name in names]
+    return column_parallel(weights, held, in_features, has_bias, norm, activation)
 
 
 def fused_gated_linear(
@@ -149,17 +122,15 @@ def fused_gated_linear(
 ) -> Linear:
     """The same of one projection, whose weight holds the rows of gate, then those of up."""
     rank, world_size = weights.parallel.rank, weights.parallel.world_size
-    size, chosen = out_features // world_size, (rank, world_size + rank)
-    weight = weights.blocks(f"{name}.weight", (2 * out_features, in_features), size, chosen)
-    bias = weights.blocks(f"{name}.bias", (2 * out_features,), size, chosen) if has_bias else None
-    return weights.kernels.gated_linear(weight, bias, activation, norm)
+    chosen = (rank, world_size + rank)
+    held = HeldFeatures.blocks(name, 2 * out_features, out_features // world_size, chosen)
+    return column_parallel(weights, [held], in_features, has_bias, norm, activation)
 
 
 class GatedMLP:
     """down(gated(x)) + residual."""
 
     def __init__(self, gated: Linear, down: Linear) -> None:
-        """`gated` takes no residual."""
         self.gated = gated
         self.down = down
 
@@ -179,7 +150,8 @@ class MLP:
         activation: Activation,
         has_bias: bool,
     ) -> None:
-        self._in = weights.kernels.linear(*_column_parallel(weights, names[:1], inner_size, hidden_size, has_bias))
+        held = HeldFeatures.part(weights.parallel, names[0], inner_size)
+        self._in = column_parallel(weights, [held], hidden_size, has_bias)
         self._out = row_parallel(weights, names[1], hidden_size, inner_size, has_bias)
         self._activation = activation
 

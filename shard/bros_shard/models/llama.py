@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bros_kernels.fused_layer import FusedLayer
 from bros_kernels.linear import Activation, RMSNorm
+from bros_kernels.low_rank import unadapted
 from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.attention import Attention, QKVLayout, fused_qkv, separate_qkv
@@ -23,9 +24,9 @@ from bros_shard.models.layers import (
     qk_norms,
     read_activation,
     rms_norm,
-    row_parallel,
 )
 from bros_shard.models.model import LayerKV, ModelLimits
+from bros_shard.models.projections import row_parallel
 from bros_shard.models.rotary import RopeFrequencies, Rotary, read_rope
 from bros_shard.weights import RankWeights
 
@@ -147,16 +148,17 @@ class LlamaLayer:
         experts = config.experts[index] if config.experts else None
         self._mlp: GatedMLP | Experts
         self._fused: FusedLayer | None = None
+        self._routing = weights.routing
         if experts is None:
             self._mlp = mlp = llama_mlp(config, weights, f"{prefix}.mlp", mlp_norm)
             projections = self._attention.qkv, self._attention.output, mlp.gated, mlp.down
-            self._fused = weights.kernels.fuse_layer(layer, *projections)
+            self._fused = weights.kernels.fuse_layer(layer, *map(unadapted, projections))
         else:
             self._mlp = Experts(experts, weights, prefix, hidden_size, config.activation, mlp_norm)
 
     def __call__(self, hidden: Tensor, angles: Angles, kv: LayerKV, attention: PagedAttention) -> Tensor:
         """Compute it; `hidden` may be overwritten."""
-        if self._fused is not None:
+        if self._fused is not None and not self._routing.adapted_rows:
             return self._fused(hidden, angles, *kv, attention)
         hidden = self._attention(hidden, hidden, angles, kv, attention)
         return self._mlp(hidden, hidden)

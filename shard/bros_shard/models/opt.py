@@ -18,10 +18,10 @@ from bros_shard.models.layers import (
     Vocabulary,
     check_divisible,
     read_activation,
-    row_parallel,
 )
 from bros_shard.models.model import LayerKV, ModelLimits
 from bros_shard.models.positions import LearnedPositions, read_num_positions
+from bros_shard.models.projections import row_parallel
 from bros_shard.weights import RankWeights
 
 #: The table of learned positions begins with rows that no position uses.

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypeAlias
 
 import torch
 
 from bros_kernels.kernels import Kernels
+from bros_kernels.low_rank import AdapterRouting
+from bros_shard.checkpoint import Checkpoint, OnProgress
+from bros_shard.lora import LoraAdapter
 from bros_shard.model_config import ConfigFields
 from bros_shard.models.falcon import Falcon, read_falcon
 from bros_shard.models.gemma import Gemma, read_gemma, read_gemma2, read_gemma3
@@ -25,7 +30,7 @@ from bros_shard.models.qwen import read_qwen2, read_qwen3
 from bros_shard.models.qwen_moe import read_qwen2_moe, read_qwen3_moe
 from bros_shard.models.starcoder2 import Starcoder2, read_starcoder2
 from bros_shard.parallel import ParallelGroup
-from bros_shard.weights import Checkpoint, OnProgress, RankWeights
+from bros_shard.weights import RankWeights
 
 #: Reads a family's config; builds the model from what was read.
 _Family: TypeAlias = tuple[Callable[[ConfigFields, ModelLimits], Any], Callable[[Any, RankWeights], CausalLM]]
@@ -86,12 +91,18 @@ def load_model(
     limits: ModelLimits,
     kernels: Kernels,
     on_progress: OnProgress = lambda done, total: None,
+    adapters: Mapping[str, Path] = MappingProxyType({}),
+    routing: AdapterRouting | None = None,
 ) -> CausalLM:
     """Load this rank's slice of the model in `folder`, whose config.json is `config`.
 
+    Args:
+        adapters: folders of LoRA adapters by name; their order is that of their indices.
+        routing: through which of them the rows of a forward pass go; `None`: through none.
+
     Raises:
-        UnsupportedModelError: the model cannot be served as it was made, or not on so many ranks.
-        CheckpointError: its weights are not what the config says.
+        UnsupportedModelError: the model or an adapter cannot be served as it was made, or not on so many ranks.
+        CheckpointError: weights are not what the config says.
     """
     architectures = config.items("architectures")
     known = [name for name in architectures if name in _FAMILIES]
@@ -99,7 +110,14 @@ def load_model(
         raise config.refusal("architectures", f"supported are {', '.join(sorted(_FAMILIES))}")
     read_config, build = _FAMILIES[known[0]]
     model_config = read_config(config, limits)
-    with Checkpoint(folder, on_progress) as checkpoint:
-        model = build(model_config, RankWeights(checkpoint, parallel, device, dtype, kernels))
+    with ExitStack() as files:
+        opened = [files.enter_context(LoraAdapter(name, path)) for name, path in adapters.items()]
+        checkpoint = files.enter_context(Checkpoint(folder, on_progress))
+        weights = RankWeights(
+            checkpoint, parallel, device, dtype, kernels, adapters=opened, routing=routing or AdapterRouting()
+        )
+        model = build(model_config, weights)
+        for adapter in opened:
+            adapter.check_all_taken()
         checkpoint.check_all_taken(_IGNORED_TENSORS)
     return model

@@ -1,0 +1,92 @@
+"""Low-rank adapters: products to which each row of a forward pass may add a small product of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bros_kernels.linear import Linear
+
+
+@dataclass(frozen=True, eq=False)
+class AdaptedRows:
+    """Rows of a forward pass that go through one adapter."""
+
+    adapter: int
+    #: int64; `None`: all rows.
+    rows: Tensor | None
+
+
+class AdapterRouting:
+    """Which rows of the forward pass that runs go through which adapter, each through one at most."""
+
+    def __init__(self) -> None:
+        self.adapted_rows: tuple[AdaptedRows, ...] = ()
+
+    @contextmanager
+    def routed(self, adapted_rows: tuple[AdaptedRows, ...]) -> Iterator[None]:
+        """For the time of a forward pass. It may begin in the middle of another, whose rows are back afterwards."""
+        interrupted, self.adapted_rows = self.adapted_rows, adapted_rows
+        try:
+            yield
+        finally:
+            self.adapted_rows = interrupted
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """What an adapter adds to a product: up(down(x))."""
+
+    down: Linear
+    up: Linear
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return self.up(self.down(x), residual)
+
+
+class AdaptedLinear:
+    """Implements `Linear`: the rows of an adapter have its product added to their residual.
+
+    So a row's result has the same bits whichever rows are beside it, as far as the products have.
+    """
+
+    def __init__(
+        self, linear: Linear, out_features: int, low_ranks: Mapping[int, LowRank], routing: AdapterRouting
+    ) -> None:
+        """Describe it.
+
+        Args:
+            out_features: of the residual, which is twice as wide as the result where `linear` is gated.
+            low_ranks: by adapter; those that change nothing here are left out.
+        """
+        self.linear = linear
+        self._out_features = out_features
+        self._low_ranks = low_ranks
+        self._routing = routing
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.linear(x, self._adapted(x, residual))
+
+    def _adapted(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
+        """The residual with what the adapters add."""
+        total = residual
+        for part in self._routing.adapted_rows:
+            low_rank = self._low_ranks.get(part.adapter)
+            if low_rank is None:
+                continue
+            if part.rows is None:
+                return low_rank(x, residual)
+            if total is None:
+                total = x.new_zeros(len(x), self._out_features)
+            elif total is residual:  # which is not ours to change
+                total = residual.clone()
+            total[part.rows] = low_rank(x[part.rows], total[part.rows])
+        return total
+
+
+def unadapted(linear: Linear) -> Linear:
+    """The product without adapters."""
+    return linear.linear if isinstance(linear, AdaptedLinear) else linear
