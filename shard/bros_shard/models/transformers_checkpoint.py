@@ -50,15 +50,13 @@ def read_transformers(folder: Path, config: ConfigFields, limits: ModelLimits) -
     fields = _read_fields(folder, config)
     if fields.is_encoder_decoder:
         raise config.refusal("architectures", "models with an encoder are not supported")
-    if type(fields).sub_configs:
+    if fields.get_text_config() is not fields:
         raise config.refusal("architectures", "models of more than text are not supported")
     model_class: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING.get(type(fields), None)
     if model_class is None or model_class.__name__ not in config.items("architectures"):
         raise config.refusal("architectures", "this is no causal language model that transformers has code for")
     if model_class._is_stateful:
         raise config.refusal("architectures", "models with a recurrent state are not supported")
-    if not model_class._supports_attention_backend:
-        raise config.refusal("architectures", "the attention of its code in transformers cannot be replaced")
     return TransformersConfig(
         architecture=model_class.__name__,
         model_class=model_class,
