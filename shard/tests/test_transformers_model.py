@@ -111,7 +111,7 @@ def test_what_operators_may_ask_for(reference, tmp_path: Path) -> None:
         load(path, ModelLimits(max_length=129))
     with pytest.raises(UnsupportedModelError, match="rope_scaling"):
         load(path, ModelLimits(rope_override=RopeOverride("linear", 2.0)))
-    with pytest.raises(UnsupportedModelError, match="Olmo2ForCausalLM runs .* on one rank alone"):
+    with pytest.raises(UnsupportedModelError, match=r"Olmo2ForCausalLM runs .* on one rank alone"):
         load(path, num_ranks=2)
     longrope = {
         "rope_type": "longrope",

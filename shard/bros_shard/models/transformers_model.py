@@ -162,7 +162,8 @@ class _KernelLinear(nn.Module):
 
 def _replace_linears(model: nn.Module, kernels: Kernels) -> None:
     """Have the kernels compute all that is an `nn.Linear` and nothing more."""
-    for parent in list(model.modules()):
+    # Not the layers themselves: each may be freed before the next is laid out anew.
+    for parent in [module for module in model.modules() if type(module) is not nn.Linear]:
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear:
                 setattr(parent, name, _KernelLinear(child, kernels, is_exact=name in _ROUTERS))
