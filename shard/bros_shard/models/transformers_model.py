@@ -46,15 +46,15 @@ class TransformersModel:
     def __init__(self, config: TransformersConfig, weights: RankWeights) -> None:
         if weights.parallel.world_size > 1:
             raise UnsupportedModelError(f"{config.architecture} runs through transformers, and so on one rank alone")
+        self.vocab_size = config.vocab_size
+        self.max_length = config.max_length
+        self._model = load_module(config, weights.checkpoint, weights.device, weights.dtype)
+        _replace_linears(self._model, weights)
+        self._check(config.architecture, weights)
         log.warning(
             "served through transformers, which is slower than a decoder of our own",
             architecture=config.architecture,
         )
-        self.vocab_size = config.vocab_size
-        self.max_length = config.max_length
-        self._model = load_module(config, weights.checkpoint, weights.device, weights.dtype)
-        _replace_linears(self._model, weights.kernels)
-        self._check(config.architecture, weights)
 
     def forward(self, input_ids: Tensor, positions: Tensor, kv: Iterable[LayerKV], attention: PagedAttention) -> Tensor:
         """See `CausalLM.forward`."""
@@ -157,16 +157,22 @@ class _KernelLinear(nn.Module):
         self.weight = linear.weight.detach().to("meta")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._linear(x.reshape(-1, x.shape[-1])).view(*x.shape[:-1], -1)
+        assert x.dtype == self.weight.dtype, "a linear layer is given numbers of another format"
+        return self._linear(x.reshape(-1, x.shape[-1]).contiguous()).view(*x.shape[:-1], -1)
 
 
-def _replace_linears(model: nn.Module, kernels: Kernels) -> None:
-    """Have the kernels compute all that is an `nn.Linear` and nothing more."""
-    # Not the layers themselves: each may be freed before the next is laid out anew.
-    for parent in [module for module in model.modules() if type(module) is not nn.Linear]:
+def _replace_linears(model: nn.Module, weights: RankWeights) -> None:
+    """Have the kernels compute all that is an `nn.Linear` and nothing more, in the format that is served."""
+
+    def is_replaced(module: nn.Module) -> bool:
+        return type(module) is nn.Linear and module.weight.dtype == weights.dtype
+
+    # Not the layers themselves are listed: each may be freed before the next is laid out anew.
+    for parent in [module for module in model.modules() if not is_replaced(module)]:
         for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                setattr(parent, name, _KernelLinear(child, kernels, is_exact=name in _ROUTERS))
+            if is_replaced(child):
+                assert isinstance(child, nn.Linear)
+                setattr(parent, name, _KernelLinear(child, weights.kernels, is_exact=name in _ROUTERS))
 
 
 def _with_one_shape(layers: list[LayerCall]) -> tuple[list[LayerCall], KVShape]:
