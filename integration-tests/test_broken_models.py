@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,11 @@ def model(tmp_path) -> Path:
     for name in ("config.json", "generation_config.json", "model.safetensors", "tokenizer.json"):
         shutil.copy(demo_model_path() / name, path / name)
     return path
+
+
+def edit_config(model: Path, **fields: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | fields))
 
 
 def truncate_weights(model: Path) -> None:
@@ -51,13 +57,23 @@ def keep_only_pickled_weights(model: Path) -> None:
 
 
 def take_another_architecture(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"architectures": ["T5ForConditionalGeneration"]}))
+    edit_config(model, architectures=["T5ForConditionalGeneration"])
+
+
+def claim_an_encoder(model: Path) -> None:
+    edit_config(model, architectures=["T5ForConditionalGeneration"], model_type="t5")
+
+
+def claim_to_see(model: Path) -> None:
+    edit_config(model, architectures=["LlavaForConditionalGeneration"], model_type="llava")
+
+
+def claim_code_of_its_own(model: Path) -> None:
+    edit_config(model, architectures=["MyModel"], model_type="mine", auto_map={"AutoModelForCausalLM": "mine.My"})
 
 
 def shrink_the_vocabulary(model: Path) -> None:
-    config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
+    edit_config(model, vocab_size=100)
 
 
 def break_the_tokenizer(model: Path) -> None:
@@ -73,6 +89,9 @@ def break_the_tokenizer(model: Path) -> None:
         (reshape_a_tensor, "model.norm.weight"),
         (keep_only_pickled_weights, "safetensors"),
         (take_another_architecture, "T5ForConditionalGeneration"),
+        (claim_an_encoder, "models with an encoder are not supported"),
+        (claim_to_see, "models of more than text are not supported"),
+        (claim_code_of_its_own, "the model needs code of its own, which is not run"),
         (shrink_the_vocabulary, "tokenizer"),
         (break_the_tokenizer, "tokenizer.json"),
     ],

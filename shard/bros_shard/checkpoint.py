@@ -77,6 +77,10 @@ class Checkpoint:
     def __iter__(self) -> Iterator[str]:
         return iter(self._slices)
 
+    def shape(self, name: str) -> list[int]:
+        """Of a tensor that is there."""
+        return list(self._slices[name].get_shape())
+
     def take(self, name: str, shape: Sequence[int], dim: int = 0, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows or columns [start, stop) along `dim` of a tensor that must have this whole `shape`.
 
@@ -90,12 +94,12 @@ class Checkpoint:
         if found is None:
             raise CheckpointError(f"{self._title}tensor {name!r} is missing from the checkpoint")
         where = f"{self._file_of[name]}: tensor {name!r}"
-        if list(found.get_shape()) != list(shape):
-            raise CheckpointError(f"{where} has shape {list(found.get_shape())}, the model needs {list(shape)}")
+        if self.shape(name) != list(shape):
+            raise CheckpointError(f"{where} has shape {self.shape(name)}, the model needs {list(shape)}")
         if found.get_dtype() not in _FLOAT_BYTES:
             raise CheckpointError(f"{where} has dtype {found.get_dtype()}, which is not a weight this server can use")
         try:
-            part: Tensor = found[(slice(None),) * dim + (slice(start, stop),)]
+            part: Tensor = found[(slice(None),) * dim + (slice(start, stop),) if shape else ...]
         except SafetensorError as error:
             raise CheckpointError(f"{where} cannot be read: {error}") from None
         if name in self._left:
@@ -103,6 +107,10 @@ class Checkpoint:
             self._num_done_bytes += self._num_bytes(name)
             self._on_progress(self._num_done_bytes, self._num_total_bytes)
         return part
+
+    def skip(self, names: Iterable[str]) -> None:
+        """Let these be: the model is known to have no use for them."""
+        self._left.difference_update(names)
 
     def check_all_taken(self, ignored: Iterable[str] = ()) -> None:
         """Refuse tensors that the model has no use for: they mean that it is not the model it says it is.
@@ -135,7 +143,7 @@ class Checkpoint:
 
     def _num_bytes(self, name: str) -> int:
         num_bytes = _FLOAT_BYTES.get(self._slices[name].get_dtype(), 1)
-        for size in self._slices[name].get_shape():
+        for size in self.shape(name):
             num_bytes *= size
         return num_bytes
 

@@ -95,6 +95,7 @@ _GPT2 = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
+_SOME_WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 
 
 def _rope(rope_type: str, **parameters: Any) -> dict[str, Any]:
@@ -297,6 +298,65 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         _GPT2 | {"n_inner": 96, "activation_function": "relu", "layer_norm_epsilon": 0.1, "tie_word_embeddings": False},
     ),
 }
+
+#: Those that have no decoder of their own: for each, what is special about its code in transformers.
+BORROWED_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "codegen": ("CodeGen", _GPT2 | {"rotary_dim": 8}),  # queries, values and keys in one tensor, in parts
+    # Windows in some layers, those without are not rotated; scaled logits.
+    "cohere2": ("Cohere2", _LLAMA | {"sliding_window": 7, "logit_scale": 0.25, "layer_types": _SOME_WINDOWS}),
+    # Heads of values smaller than those of keys, experts that share groups.
+    "deepseek-v3": (
+        "DeepseekV3",
+        _LLAMA
+        | {
+            "num_key_value_heads": 4,
+            "kv_lora_rank": 16,
+            "q_lora_rank": 24,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 16,
+            "v_head_dim": 12,
+            "n_routed_experts": 8,
+            "n_group": 2,
+            "topk_group": 1,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "first_k_dense_replace": 1,
+        },
+    ),
+    "diffllama": ("DiffLlama", _LLAMA | {"head_dim": 16}),  # attends twice in each layer
+    "ernie4.5": ("Ernie4_5", _LLAMA | {"use_bias": True}),
+    "glm4": ("Glm4", _LLAMA | {"head_dim": 16, "attention_bias": True}),  # neighbours rotated
+    "gptj": ("GPTJ", _GPT2 | {"rotary_dim": 8}),  # a bias in the head
+    "granite": (
+        "Granite",
+        _LLAMA
+        | {
+            "logits_scaling": 2.0,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.5,
+        },
+    ),
+    "helium": ("Helium", _LLAMA | {"head_dim": 16}),
+    "olmo2": ("Olmo2", _LLAMA),  # norms after each part
+    "olmoe": ("Olmoe", _LLAMA | {"num_experts": 6, "num_experts_per_tok": 3}),  # experts that are joined when loaded
+    "phi": ("Phi", _LLAMA | {"partial_rotary_factor": 0.5, "qk_layernorm": True}),
+    "smollm3": ("SmolLM3", _LLAMA | {"no_rope_layers": [1, 0, 1]}),
+    # Capped scores and logits, windows.
+    "vaultgemma": (
+        "VaultGemma",
+        _LLAMA
+        | {
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 1.0,
+            "layer_types": _SOME_WINDOWS,
+        },
+    ),
+}
+MODELS |= BORROWED_MODELS
 
 
 @dataclass(frozen=True)

@@ -337,6 +337,12 @@ def test_experts_are_not_adapted(reference, make_worker, tmp_path) -> None:
         make_worker(reference("qwen3-moe").path, adapters=json.dumps({"one": str(tmp_path)}))
 
 
+def test_models_through_transformers_have_no_adapters(reference, make_worker, tmp_path) -> None:
+    save_adapter(tmp_path, {f"{Q_PROJ}.lora_A.weight": torch.zeros(4, 64)})
+    with pytest.raises(UnsupportedModelError, match="Olmo2ForCausalLM runs through transformers, and so without"):
+        make_worker(reference("olmo2").path, adapters=json.dumps({"one": str(tmp_path)}))
+
+
 def test_files_that_are_missing_or_of_another_kind(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match=r"adapter one: adapter_config\.json is missing or cannot be read"):
         LoraAdapter("one", tmp_path)

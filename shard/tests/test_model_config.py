@@ -21,7 +21,7 @@ from bros_shard.models.registry import read_dtype
 @pytest.mark.parametrize(
     ("model", "change", "message"),
     [
-        ("llama", {"architectures": ["BloomForCausalLM"]}, "architectures = ['BloomForCausalLM']: supported are "),
+        ("llama", {"architectures": ["BloomForCausalLM"]}, "architectures = ['BloomForCausalLM']: this is no"),
         ("llama", {"architectures": None}, "architectures = None: the model needs this field"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4}: quantised weights"),
         ("llama", {"per_layer_config": {"1": {"head_dim": 8}}}, "fields that differ from layer to layer are not"),

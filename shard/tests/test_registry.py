@@ -75,6 +75,8 @@ def logits_of(path: Path, prompt: list[int], dtype: torch.dtype) -> Tensor:
         "gpt2",
         "gpt-bigcode",
         "gpt-neox",
+        "granite",
+        "olmo2",
     ],
 )
 def test_float32_logits_equal_transformers(name: str, reference) -> None:
@@ -97,6 +99,8 @@ def test_float32_logits_equal_transformers(name: str, reference) -> None:
         "opt",
         "gpt2",
         "gpt-neox",
+        "cohere2",
+        "olmo2",
     ],
 )
 def test_bfloat16_is_as_close_to_float32_as_transformers_is(name: str, reference) -> None:

@@ -83,6 +83,23 @@ MODELS = (
     "gpt-neox",
     "gpt-neox-sequential",
 )
+#: Those that have no decoder of their own.
+BORROWED = (
+    "codegen",
+    "cohere2",
+    "deepseek-v3",
+    "diffllama",
+    "ernie4.5",
+    "glm4",
+    "gptj",
+    "granite",
+    "helium",
+    "olmo2",
+    "olmoe",
+    "phi",
+    "smollm3",
+    "vaultgemma",
+)
 #: One of each family.
 FAMILIES = (
     "llama",
@@ -106,6 +123,7 @@ FAMILIES = (
 )
 #: Those that attend differently, for what no other part of a model has to do with.
 ATTENTIONS = ("llama", "mistral-window", "qwen2-window", "qwen3", "gemma2", "gpt-neox", "opt-350m-like")
+BORROWED_ATTENTIONS = ("cohere2", "deepseek-v3", "diffllama", "vaultgemma")
 
 
 @pytest.fixture(autouse=True)
@@ -116,7 +134,7 @@ def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("kernels", ["auto", "torch"])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [*MODELS, *BORROWED])
 def test_batch_of_ragged_prompts_equals_generate(name, kernels, reference, make_worker, scripted_router) -> None:
     expected = reference(name)
     assert all(len(set(output)) >= 8 for output in expected.outputs), "the model cannot tell right from wrong"
@@ -136,7 +154,7 @@ def test_one_sequence_at_a_time_equals_generate(name, reference, make_worker, sc
         assert router.run() == [output]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *BORROWED_ATTENTIONS])
 @pytest.mark.parametrize("chunk_size", [5, 16])
 def test_chunked_prefill_equals_generate(name, chunk_size, reference, make_worker, scripted_router) -> None:
     expected = reference(name)
@@ -146,7 +164,7 @@ def test_chunked_prefill_equals_generate(name, chunk_size, reference, make_worke
     assert router.run() == expected.outputs
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [*FAMILIES, *BORROWED_ATTENTIONS])
 @pytest.mark.parametrize("direction", ["reversed", "mixed"])
 def test_direction_of_blocks_does_not_matter(name, direction, reference, make_worker, scripted_router) -> None:
     expected = reference(name)
@@ -156,7 +174,7 @@ def test_direction_of_blocks_does_not_matter(name, direction, reference, make_wo
     assert router.run() == expected.outputs
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", [*ATTENTIONS, *BORROWED_ATTENTIONS])
 def test_two_classes_share_blocks_and_tails_move(name, reference, make_worker, scripted_router) -> None:
     expected = reference(name)
     router = scripted_router(make_worker(expected.path), chunk_size=16, shares_tails=True)
@@ -166,7 +184,7 @@ def test_two_classes_share_blocks_and_tails_move(name, reference, make_worker, s
     assert router.num_moves >= 4
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", [*ATTENTIONS, *BORROWED_ATTENTIONS])
 @pytest.mark.parametrize("to_host", [False, True], ids=["recompute", "swap"])
 def test_preemption_does_not_change_the_output(name, to_host, reference, make_worker, scripted_router) -> None:
     expected = reference(name)
@@ -181,7 +199,7 @@ def test_preemption_does_not_change_the_output(name, to_host, reference, make_wo
     assert router.run() == expected.outputs
 
 
-@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("name", [*ATTENTIONS, *BORROWED_ATTENTIONS])
 def test_step_in_the_middle_of_another_changes_neither(name, reference, make_worker, scripted_router) -> None:
     expected = reference(name)
     router = scripted_router(make_worker(expected.path), chunk_size=16)

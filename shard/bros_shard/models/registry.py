@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeAlias
@@ -106,9 +107,7 @@ def load_model(
     """
     architectures = config.items("architectures")
     known = [name for name in architectures if name in _FAMILIES]
-    if not known:
-        raise config.refusal("architectures", f"supported are {', '.join(sorted(_FAMILIES))}")
-    read_config, build = _FAMILIES[known[0]]
+    read_config, build = _FAMILIES[known[0]] if known else _transformers_family(folder)
     model_config = read_config(config, limits)
     with ExitStack() as files:
         opened = [files.enter_context(LoraAdapter(name, path)) for name, path in adapters.items()]
@@ -121,3 +120,11 @@ def load_model(
             adapter.check_all_taken()
         checkpoint.check_all_taken(_IGNORED_TENSORS)
     return model
+
+
+def _transformers_family(folder: Path) -> _Family:
+    """Models that have no decoder of their own here: `transformers` may have one, and takes seconds to import."""
+    from bros_shard.models.transformers_checkpoint import read_transformers
+    from bros_shard.models.transformers_model import TransformersModel
+
+    return partial(read_transformers, folder), TransformersModel
