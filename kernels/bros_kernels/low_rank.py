@@ -7,8 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.nn import functional as F
 
-from bros_kernels.linear import Linear
+from bros_kernels.kernels import Kernels
+from bros_kernels.linear import Linear, RMSNorm
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +44,17 @@ class LowRank:
 
     down: Linear
     up: Linear
+
+    @classmethod
+    def of(cls, kernels: Kernels, down: Tensor, up: Tensor, norm: RMSNorm | None = None) -> LowRank:
+        """Of the weights (rank, in_features) and (out_features, rank), which are not rounded to int8.
+
+        Args:
+            norm: of the inputs.
+        """
+        if len(down) % 2:  # zeros beside it: not all kernels take an odd number of inputs in bfloat16
+            down, up = F.pad(down, (0, 0, 0, 1)), F.pad(up, (0, 1))
+        return cls(kernels.linear(down, None, norm, is_exact=True), kernels.linear(up, is_exact=True))
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return self.up(self.down(x), residual)

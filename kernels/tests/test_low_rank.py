@@ -17,7 +17,7 @@ from bros_kernels.low_rank import AdaptedLinear, AdaptedRows, AdapterRouting, Lo
 OUT_FEATURES, IN_FEATURES, NUM_ROWS = 32, 64, 13
 #: Rows of the adapters 0 and 2; 1 has no part in the product, and the others go through none.
 ROUTES = {0: [0, 3, 4, 11], 1: [1, 2], 2: [5, 12]}
-RANKS = {0: 4, 2: 6}
+RANKS = {0: 4, 2: 5}
 
 
 class Adapted:
@@ -38,7 +38,7 @@ class Adapted:
         low_ranks = {}
         for adapter, rank in RANKS.items():
             down, up = torch.randn(rank, IN_FEATURES).to(dtype), torch.randn(num_features, rank).to(dtype)
-            low_ranks[adapter] = LowRank(kernels.linear(down, None, self.norm), kernels.linear(up))
+            low_ranks[adapter] = LowRank.of(kernels, down, up, self.norm)
             self.weights[ROUTES[adapter]] += up.double() @ down.double()
         self.linear = AdaptedLinear(linear, num_features, low_ranks, self.routing)
         self.x = torch.randn(NUM_ROWS, IN_FEATURES).to(dtype)

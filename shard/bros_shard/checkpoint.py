@@ -25,7 +25,7 @@ class CheckpointError(Exception):
 
 
 class Checkpoint:
-    """The tensors of a model folder, read where the model asks for them.
+    """The tensors of a folder, read where the model asks for them.
 
     Use as a context manager; `close` without having taken every tensor is fine, `check_all_taken` is what refuses
     a checkpoint that holds more than the model.

@@ -90,13 +90,12 @@ class LoraAdapter:
             module = next((name for name in self._modules if name.endswith(f".{projection}")), "")
         if not module:
             return None
-        rank = self._config.integer("r")
-        if pattern := _matching(self._config.object("rank_pattern"), module):
-            rank = self._config.object("rank_pattern").integer(pattern)
-        alpha = self._config.number("lora_alpha")
-        if pattern := _matching(self._config.object("alpha_pattern"), module):
-            alpha = self._config.object("alpha_pattern").number(pattern)
-        divisor = rank**0.5 if self._config.boolean("use_rslora", False) else rank
+        config = self._config
+        ranks, alphas = config.object("rank_pattern"), config.object("alpha_pattern")
+        rank_key, alpha_key = _matching(ranks, module), _matching(alphas, module)
+        rank = config.integer("r") if rank_key is None else ranks.integer(rank_key)
+        alpha = config.number("lora_alpha") if alpha_key is None else alphas.number(alpha_key)
+        divisor = rank**0.5 if config.boolean("use_rslora", False) else rank
         return Factors(self._checkpoint, _PREFIX + module, rank, alpha / divisor)
 
     def check_all_taken(self) -> None:
@@ -122,12 +121,12 @@ def _read_config(folder: Path, title: str) -> ConfigFields:
     return config
 
 
-def _matching(pattern: ConfigFields, module: str) -> str | None:
-    """The first key that matches the end of a module's name, as PEFT sees it: a regular expression behind a dot."""
-    for key in pattern:
+def _matching(patterns: ConfigFields, module: str) -> str | None:
+    """The first that matches the end of a module's name, as PEFT sees it: a regular expression behind a dot."""
+    for pattern in patterns:
         try:
-            if re.match(rf"(.*\.)?({key})$", module):
-                return key
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                return pattern
         except re.error:
-            raise pattern.refusal(key, "is not named by a regular expression") from None
+            raise patterns.refusal(pattern, "is not named by a regular expression") from None
     return None

@@ -70,11 +70,12 @@ def column_parallel(
         linear = weights.kernels.linear(weight, bias, norm)
     else:
         linear = weights.kernels.gated_linear(weight, bias, activation, norm)
-    low_ranks = {
-        index: _low_rank(weights, *factors, norm)
-        for index, adapter in enumerate(weights.adapters)
-        if (factors := _column_factors(adapter, held, in_features)) is not None
-    }
+    low_ranks = {}
+    for index, adapter in enumerate(weights.adapters):
+        factors = _column_factors(adapter, held, in_features)
+        if factors is not None:
+            down, up = map(weights.placed, factors)
+            low_ranks[index] = LowRank.of(weights.kernels, down, up, norm)
     return _adapted(weights, linear, sum(part.num_held for part in held), low_ranks)
 
 
@@ -90,7 +91,8 @@ def row_parallel(weights: RankWeights, name: str, out_features: int, in_features
         factors = adapter.factors(name)
         if factors is not None:
             down = factors.down(in_features, part_of(weights.parallel, in_features))
-            low_ranks[index] = _low_rank(weights, down, factors.up(out_features, [range(out_features)]))
+            up = factors.up(out_features, [range(out_features)])
+            low_ranks[index] = LowRank.of(weights.kernels, weights.placed(down), weights.placed(up))
     linear = _adapted(weights, linear, out_features, low_ranks)
     if weights.parallel.world_size == 1:
         return linear
@@ -111,14 +113,6 @@ def _column_factors(
             downs.append(factors.down(in_features))
             ups.append(factors.up(part.num_features, part.ranges))
     return (torch.cat(downs), torch.block_diag(*ups)) if downs else None  # type: ignore[no-untyped-call]
-
-
-def _low_rank(weights: RankWeights, down: Tensor, up: Tensor, norm: RMSNorm | None = None) -> LowRank:
-    kernels = weights.kernels
-    return LowRank(
-        kernels.linear(weights.placed(down), None, norm, is_exact=True),
-        kernels.linear(weights.placed(up), is_exact=True),
-    )
 
 
 def _adapted(weights: RankWeights, linear: Linear, out_features: int, low_ranks: dict[int, LowRank]) -> Linear:
