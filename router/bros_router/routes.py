@@ -97,9 +97,10 @@ def _tgi_routes(dialect: Dialect) -> Iterator[Route]:
     messages = {"messages": [{"role": "user", "content": "What is deep learning?"}], "max_tokens": 20}
     prompt = {"prompt": "What is deep learning?", "max_tokens": 20}
     compat_replies = _json(_array(types.GenerateReply, length=1)) | _events(types.StreamEvent, types.ErrorReply)
-    chat_replies = _json(v1_replies.ChatCompletion) | _events(v1_replies.ChatChunk, v1_replies.StreamFailureEvent)
+    failure, last = v1_replies.StreamFailureEvent, v1_replies.LAST_EVENT.decode()
+    chat_replies = _json(v1_replies.ChatCompletion) | _events(v1_replies.ChatChunk, failure, last=last)
     completion_replies = _json(v1_replies.Completion) | _events(
-        v1_replies.CompletionChunk, v1_replies.Completion, v1_replies.StreamFailureEvent
+        v1_replies.CompletionChunk, v1_replies.Completion, failure, last=last
     )
     yield generating(
         "/",
@@ -344,9 +345,11 @@ def _json(schema: Schema) -> dict[str, Schema]:
     return {"application/json": schema}
 
 
-def _events(*data: Schema) -> dict[str, Schema]:
-    """One event, whose data is JSON of one of these schemas; under `/v1` the last event is none."""
+def _events(*data: Schema, last: str | None = None) -> dict[str, Schema]:
+    """One event, whose data is JSON of one of these schemas; `last`: what the last one says instead."""
     text = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [*data]}}
+    if last is not None:
+        text = {"anyOf": [text, {"type": "string", "const": last}]}
     return {"text/event-stream": {"type": "object", "required": ["data"], "properties": {"data": text}}}
 
 

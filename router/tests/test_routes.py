@@ -341,11 +341,13 @@ async def test_answers_are_what_is_described(serve, path, body, is_strict):
         jsonschema.validate(await response.json(), schema | components)
         return
     events = [event.removeprefix("data: ") for event in (await response.text()).split("\n\n")]
-    events = [event for event in events if event not in ("", "[DONE]")]
-    assert events
-    for event in events:
+    text, *others = schema["properties"]["data"].get("anyOf", [schema["properties"]["data"]])
+    last = [other["const"] for other in others]
+    assert events[-1 - len(last) :] == [*last, ""]
+    assert len(events) > 1 + len(last)
+    for event in events[: -1 - len(last)]:
         jsonschema.validate({"data": event}, schema | components)
-        jsonschema.validate(json.loads(event), schema["properties"]["data"]["contentSchema"] | components)
+        jsonschema.validate(json.loads(event), text["contentSchema"] | components)
 
 
 def test_the_description_tells_where_the_key_is_asked_for():
