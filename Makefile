@@ -8,10 +8,11 @@ ARGS ?=
 
 BIN := .venv/bin
 TGI_CLIENT := .venv-tgi-client
+FRAMEWORKS := .venv-frameworks
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak schemathesis check format format-check lint types bench bench-peers bench-kernels bench-quantisation bench-prefix bench-guidance eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak frameworks schemathesis check format format-check lint types bench bench-peers bench-kernels bench-quantisation bench-prefix bench-guidance eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -32,6 +33,13 @@ $(TGI_CLIENT)/.installed:
 	$(TGI_CLIENT)/bin/python -m pip install --quiet --disable-pip-version-check 'text-generation==0.7.0'
 	touch $@
 
+# Clients that bring hundreds of megabytes, which `make test` does without.
+$(FRAMEWORKS)/.installed:
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check \
+		'langchain-openai>=1' 'langchain-huggingface>=1' 'litellm>=1.80' 'llama-index-llms-huggingface-api>=0.8'
+	touch $@
+
 run: install
 	$(BIN)/text-generation-launcher $(ARGS)
 
@@ -43,6 +51,9 @@ integration-tests: install-dev
 
 soak: install-dev
 	BROS_SOAK_REQUESTS=10000 $(BIN)/python -m pytest -q -s integration-tests/test_soak.py
+
+frameworks: install-dev $(FRAMEWORKS)/.installed
+	$(BIN)/python -m pytest -q integration-tests/test_frameworks.py
 
 schemathesis: install-dev
 	BROS_SCHEMATHESIS_CASES=5000 $(BIN)/python -m pytest -q -s integration-tests/test_description.py
@@ -96,4 +107,4 @@ demo-model: install
 	$(BIN)/python -m bros_shard.demo_model.train
 
 clean:
-	rm -rf .venv $(TGI_CLIENT) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build
+	rm -rf .venv $(TGI_CLIENT) $(FRAMEWORKS) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist build

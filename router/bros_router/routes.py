@@ -347,7 +347,7 @@ def _json(schema: Schema) -> dict[str, Schema]:
 
 def _events(*data: Schema, last: str | None = None) -> dict[str, Schema]:
     """One event, whose data is JSON of one of these schemas; `last`: what the last one says instead."""
-    text = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [*data]}}
+    text: Schema = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": [*data]}}
     if last is not None:
         text = {"anyOf": [text, {"type": "string", "const": last}]}
     return {"text/event-stream": {"type": "object", "required": ["data"], "properties": {"data": text}}}
