@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 import numpy as np
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.fused_layer import FusedLayer
 from bros_kernels.int8 import Int8Weight
-from bros_kernels.linear import Activation, Linear, RMSNorm, gated
-from bros_kernels.native import CAttention, CLayer, CLinear, CNorm, CStep
+from bros_kernels.linear import Activation, Linear, LowRank, RMSNorm, add_low_ranks, gated
+from bros_kernels.native import CAttention, CLayer, CLinear, CLowRank, CNorm, CStep
 from bros_kernels.paged_attention import Angles, AttentionLayer, PagedAttention
 from bros_kernels.reference_attention import ReferenceAttention
 from bros_kernels.torch_kernels import TorchKernels
@@ -64,6 +64,24 @@ class CpuKernels:
         if bias is not None:
             bias = bias.view(2, -1, _PANEL // 2).transpose(0, 1).reshape(bias.shape)
         return _PackedLinear(self._library, interleaved, bias, norm, self._has_int8_weights, _SILU_MUL)
+
+    def add_low_ranks(
+        self, parts: Sequence[tuple[LowRank, Tensor]], x: Tensor, residual: Tensor | None, out_features: int
+    ) -> Tensor:
+        """See `Kernels.add_low_ranks`."""
+        described = [
+            CLowRank(down.address, up.address, rows.data_ptr(), len(rows))
+            for low_rank, rows in parts
+            if isinstance(down := low_rank.down, _PackedLinear) and isinstance(up := low_rank.up, _PackedLinear)
+        ]
+        if len(described) < len(parts):
+            return add_low_ranks(parts, x, residual, out_features)
+        out = torch.empty(len(x), out_features, dtype=x.dtype)
+        self._library.bros_add_low_ranks(
+            *((CLowRank * len(described))(*described), len(described), x.data_ptr(), x.stride(0), len(x)),
+            *(None if residual is None else residual.data_ptr(), out.data_ptr()),
+        )
+        return out
 
     def fuse_layer(
         self, layer: AttentionLayer, qkv: Linear, output: Linear, gated: Linear, down: Linear

@@ -5,6 +5,7 @@ This package knows nothing of models, plans or processes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Final, Protocol
 
 import structlog
@@ -14,7 +15,7 @@ from torch import Tensor
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.cpu_kernels import CpuKernels
 from bros_kernels.fused_layer import FusedLayer
-from bros_kernels.linear import Activation, Linear, RMSNorm
+from bros_kernels.linear import Activation, Linear, LowRank, RMSNorm
 from bros_kernels.native import NativeLibraryError, load_library
 from bros_kernels.paged_attention import AttentionLayer, PagedAttention
 from bros_kernels.torch_kernels import TorchKernels
@@ -53,6 +54,20 @@ class Kernels(Protocol):
 
         Args:
             weight: (2 * out_features, in_features): the rows of gate, then those of up; `bias` alike.
+        """
+
+    def add_low_ranks(
+        self, parts: Sequence[tuple[LowRank, Tensor]], x: Tensor, residual: Tensor | None, out_features: int
+    ) -> Tensor:
+        """`residual`, or zeros, with what each part adds to some of its rows.
+
+        Args:
+            parts: products of these kernels, and the rows of each, int64; no row is in two. At least one.
+            x: (rows, in_features), the numbers of a row side by side.
+            residual: (rows, out_features), contiguous.
+
+        Returns:
+            (rows, out_features), contiguous; new.
         """
 
     def fuse_layer(

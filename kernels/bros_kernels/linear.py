@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias
 
@@ -54,3 +54,24 @@ def gated(gate_up: Linear, activation: Activation) -> Linear:
         return activation(gate).mul_(up)
 
     return multiply
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """The function up(down(x)) + residual: what an adapter adds to a product."""
+
+    down: Linear
+    up: Linear
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return self.up(self.down(x), residual)
+
+
+def add_low_ranks(
+    parts: Sequence[tuple[LowRank, Tensor]], x: Tensor, residual: Tensor | None, out_features: int
+) -> Tensor:
+    """What `Kernels.add_low_ranks` is, by the parts' own products."""
+    total = x.new_zeros(len(x), out_features) if residual is None else residual.clone()
+    for low_rank, rows in parts:
+        total[rows] = low_rank(x[rows], total[rows])
+    return total

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bros_kernels.kernels import Kernels
-from bros_kernels.linear import Linear, RMSNorm
+from bros_kernels.linear import Linear, LowRank, RMSNorm
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,26 +38,15 @@ class AdapterRouting:
             self.adapted_rows = interrupted
 
 
-@dataclass(frozen=True, eq=False)
-class LowRank:
-    """What an adapter adds to a product: up(down(x))."""
+def low_rank_of(kernels: Kernels, down: Tensor, up: Tensor, norm: RMSNorm | None = None) -> LowRank:
+    """Of the weights (rank, in_features) and (out_features, rank), which are not rounded to int8.
 
-    down: Linear
-    up: Linear
-
-    @classmethod
-    def of(cls, kernels: Kernels, down: Tensor, up: Tensor, norm: RMSNorm | None = None) -> LowRank:
-        """Of the weights (rank, in_features) and (out_features, rank), which are not rounded to int8.
-
-        Args:
-            norm: of the inputs.
-        """
-        if len(down) % 2:  # zeros beside it: not all kernels take an odd number of inputs in bfloat16
-            down, up = F.pad(down, (0, 0, 0, 1)), F.pad(up, (0, 1))
-        return cls(kernels.linear(down, None, norm, is_exact=True), kernels.linear(up, is_exact=True))
-
-    def __call__(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return self.up(self.down(x), residual)
+    Args:
+        norm: of the inputs.
+    """
+    if len(down) % 2:  # zeros beside it: not all kernels take an odd number of inputs in bfloat16
+        down, up = F.pad(down, (0, 0, 0, 1)), F.pad(up, (0, 1))
+    return LowRank(kernels.linear(down, None, norm, is_exact=True), kernels.linear(up, is_exact=True))
 
 
 class AdaptedLinear:
@@ -67,7 +56,12 @@ class AdaptedLinear:
     """
 
     def __init__(
-        self, linear: Linear, out_features: int, low_ranks: Mapping[int, LowRank], routing: AdapterRouting
+        self,
+        kernels: Kernels,
+        linear: Linear,
+        out_features: int,
+        low_ranks: Mapping[int, LowRank],
+        routing: AdapterRouting,
     ) -> None:
         """Describe it.
 
@@ -76,6 +70,7 @@ class AdaptedLinear:
             low_ranks: by adapter; those that change nothing here are left out.
         """
         self.linear = linear
+        self._kernels = kernels
         self._out_features = out_features
         self._low_ranks = low_ranks
         self._routing = routing
@@ -85,19 +80,14 @@ class AdaptedLinear:
 
     def _adapted(self, x: Tensor, residual: Tensor | None) -> Tensor | None:
         """The residual with what the adapters add."""
-        total = residual
+        parts = []
         for part in self._routing.adapted_rows:
             low_rank = self._low_ranks.get(part.adapter)
-            if low_rank is None:
-                continue
-            if part.rows is None:
+            if low_rank is not None and part.rows is None:
                 return low_rank(x, residual)
-            if total is None:
-                total = x.new_zeros(len(x), self._out_features)
-            elif total is residual:  # which is not ours to change
-                total = residual.clone()
-            total[part.rows] = low_rank(x[part.rows], total[part.rows])
-        return total
+            if low_rank is not None and part.rows is not None:
+                parts.append((low_rank, part.rows))
+        return self._kernels.add_low_ranks(parts, x, residual, self._out_features) if parts else residual
 
 
 def unadapted(linear: Linear) -> Linear:

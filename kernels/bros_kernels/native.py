@@ -36,6 +36,14 @@ _FUNCTIONS: Final = {
         c_int64,
         *(c_void_p,) * 3,
     ),  # step, attention, qkv, cos, sin, rotary_dim, k, v, out
+    "bros_add_low_ranks": (
+        c_void_p,
+        c_int64,
+        c_void_p,
+        c_int64,
+        c_int64,
+        *(c_void_p,) * 2,
+    ),  # parts, num_parts, x, x_stride, m, residual, out
     "bros_run_layer": (
         *(c_void_p,) * 5,
         c_int64,
@@ -67,6 +75,12 @@ class CLinear(ctypes.Structure):
         ("dtype", c_int32),
         ("epilogue", c_int32),
     )
+
+
+class CLowRank(ctypes.Structure):
+    """`struct bros_low_rank` of `native/low_rank.h`."""
+
+    _fields_ = (("down", c_void_p), ("up", c_void_p), ("rows", c_void_p), ("num_rows", c_int64))
 
 
 class CStep(ctypes.Structure):

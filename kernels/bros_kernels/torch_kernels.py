@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.fused_layer import FusedLayer
 from bros_kernels.int8 import Int8Weight
-from bros_kernels.linear import Activation, Linear, RMSNorm, gated
+from bros_kernels.linear import Activation, Linear, LowRank, RMSNorm, add_low_ranks, gated
 from bros_kernels.onednn import packed_linear
 from bros_kernels.paged_attention import AttentionLayer, PagedAttention
 from bros_kernels.reference_attention import ReferenceAttention
@@ -58,6 +60,12 @@ class TorchKernels:
     def gated_linear(self, weight: Tensor, bias: Tensor | None, activation: Activation, norm: RMSNorm | None) -> Linear:
         """See `Kernels.gated_linear`."""
         return gated(self.linear(weight, bias, norm), activation)
+
+    def add_low_ranks(
+        self, parts: Sequence[tuple[LowRank, Tensor]], x: Tensor, residual: Tensor | None, out_features: int
+    ) -> Tensor:
+        """See `Kernels.add_low_ranks`."""
+        return add_low_ranks(parts, x, residual, out_features)
 
     def fuse_layer(
         self, layer: AttentionLayer, qkv: Linear, output: Linear, gated: Linear, down: Linear

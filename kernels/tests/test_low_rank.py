@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from bros_kernels.cpu_kernels import CpuKernels
 from bros_kernels.kernels import Kernels
 from bros_kernels.linear import Linear, RMSNorm
-from bros_kernels.low_rank import AdaptedLinear, AdaptedRows, AdapterRouting, LowRank, unadapted
+from bros_kernels.low_rank import AdaptedLinear, AdaptedRows, AdapterRouting, low_rank_of, unadapted
 
 OUT_FEATURES, IN_FEATURES, NUM_ROWS = 32, 64, 13
 #: Rows of the adapters 0 and 2; 1 has no part in the product, and the others go through none.
@@ -38,9 +38,9 @@ class Adapted:
         low_ranks = {}
         for adapter, rank in RANKS.items():
             down, up = torch.randn(rank, IN_FEATURES).to(dtype), torch.randn(num_features, rank).to(dtype)
-            low_ranks[adapter] = LowRank.of(kernels, down, up, self.norm)
+            low_ranks[adapter] = low_rank_of(kernels, down, up, self.norm)
             self.weights[ROUTES[adapter]] += up.double() @ down.double()
-        self.linear = AdaptedLinear(linear, num_features, low_ranks, self.routing)
+        self.linear = AdaptedLinear(kernels, linear, num_features, low_ranks, self.routing)
         self.x = torch.randn(NUM_ROWS, IN_FEATURES).to(dtype)
         self.residual = torch.randn(NUM_ROWS, num_features).to(dtype)
 

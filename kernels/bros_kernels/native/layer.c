@@ -11,7 +11,7 @@ void bros_run_layer(const struct bros_layer *layer, const struct bros_step *step
     /* What the first product of either half gives, and what attention gives. */
     const int64_t product_size = num_tokens * largest(layer->qkv->n, inner_size);
     void *product = bros_scratch(
-        BROS_LAYER_SCRATCH, (size_t)((product_size + num_tokens * attended_size) * number_bytes(dtype)));
+        BROS_OUTER_SCRATCH, (size_t)((product_size + num_tokens * attended_size) * number_bytes(dtype)));
     void *attended = number_at(product, product_size, dtype);
     bros_multiply(layer->qkv, hidden, size, num_tokens, NULL, product);
     bros_attend(step, layer->attention, product, cos, sin, rotary_dim, k, v, attended);

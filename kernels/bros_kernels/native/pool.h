@@ -19,9 +19,9 @@ BROS_EXPORT int bros_is_supported(void);
 /* Have `num_threads` threads from now on, the caller included. Only between jobs. Returns 0, or an errno. */
 BROS_EXPORT int bros_set_num_threads(int num_threads);
 
-/* Memory for the time of one product or attention, or of one layer, in which those run. Whoever uses it asks once.
- * Ends the process where there is none. */
-enum bros_scratch_user { BROS_CALL_SCRATCH, BROS_LAYER_SCRATCH };
+/* Memory for the time of one product or attention, or of what calls those. Whoever uses it asks once. Ends the process
+ * where there is none. */
+enum bros_scratch_user { BROS_CALL_SCRATCH, BROS_OUTER_SCRATCH };
 void *bros_scratch(enum bros_scratch_user user, size_t num_bytes);
 
 /* Run fn(job, tile) for all tiles, 0 <= tile < num_tiles < 2^31. One caller at a time; returns when all are done. */

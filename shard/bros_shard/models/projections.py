@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bros_kernels.linear import Activation, Linear, RMSNorm
-from bros_kernels.low_rank import AdaptedLinear, LowRank
+from bros_kernels.linear import Activation, Linear, LowRank, RMSNorm
+from bros_kernels.low_rank import AdaptedLinear, low_rank_of
 from bros_shard.lora import LoraAdapter
 from bros_shard.parallel import ParallelGroup, part_of
 from bros_shard.weights import RankWeights
@@ -75,7 +75,7 @@ def column_parallel(
         factors = _column_factors(adapter, held, in_features)
         if factors is not None:
             down, up = map(weights.placed, factors)
-            low_ranks[index] = LowRank.of(weights.kernels, down, up, norm)
+            low_ranks[index] = low_rank_of(weights.kernels, down, up, norm)
     return _adapted(weights, linear, sum(part.num_held for part in held), low_ranks)
 
 
@@ -92,7 +92,7 @@ def row_parallel(weights: RankWeights, name: str, out_features: int, in_features
         if factors is not None:
             down = factors.down(in_features, part_of(weights.parallel, in_features))
             up = factors.up(out_features, [range(out_features)])
-            low_ranks[index] = LowRank.of(weights.kernels, weights.placed(down), weights.placed(up))
+            low_ranks[index] = low_rank_of(weights.kernels, weights.placed(down), weights.placed(up))
     linear = _adapted(weights, linear, out_features, low_ranks)
     if weights.parallel.world_size == 1:
         return linear
@@ -116,4 +116,6 @@ def _column_factors(
 
 
 def _adapted(weights: RankWeights, linear: Linear, out_features: int, low_ranks: dict[int, LowRank]) -> Linear:
-    return AdaptedLinear(linear, out_features, low_ranks, weights.routing) if low_ranks else linear
+    if not low_ranks:
+        return linear
+    return AdaptedLinear(weights.kernels, linear, out_features, low_ranks, weights.routing)
