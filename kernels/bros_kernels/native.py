@@ -128,13 +128,14 @@ class CLayer(ctypes.Structure):
     )
 
 
+def _path(instruction_set: str) -> Path:
+    return FOLDER / f"libbros-{instruction_set}.so"
+
+
 @cache
 def _library(instruction_set: str) -> ctypes.CDLL | None:
     """The library; `None` where it does not run on this processor."""
-    path = FOLDER / f"libbros-{instruction_set}.so"
-    if not path.exists():
-        raise NativeLibraryError("the C kernels were not built: no C compiler was found at installation")
-    library = ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(_path(instruction_set)))
     library.bros_is_supported.restype = c_int
     if not library.bros_is_supported():
         return None
@@ -153,9 +154,13 @@ def load_library(num_threads: int, instruction_sets: Sequence[str] = INSTRUCTION
     Raises:
         NativeLibraryError: none does.
     """
-    library = next((found for name in instruction_sets if (found := _library(name)) is not None), None)
+    # An old compiler may know some of the instructions alone.
+    built = [name for name in instruction_sets if _path(name).exists()]
+    if not built:
+        raise NativeLibraryError("the C kernels were not built: no C compiler was found at installation")
+    library = next((found for name in built if (found := _library(name)) is not None), None)
     if library is None:
-        needed = ", ".join(instruction_sets)
+        needed = ", ".join(built)
         raise NativeLibraryError(f"this processor lacks the instructions that they are made of ({needed})")
     error = library.bros_set_num_threads(num_threads)
     if error:
