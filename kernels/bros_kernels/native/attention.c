@@ -327,10 +327,8 @@ SIMD_INLINE void attend(const struct attend_job *job, const struct bros_queries 
     struct scratch scratch_of_this_call, *scratch = &scratch_of_this_call;
     for (int64_t row = 0; row < num_rows; row++) {
         int64_t token = queries->first_token + row / group, head = kv_head * group + row % group;
-        for (int64_t d = 0; d < head_dim; d += 16)
-            store_numbers(scratch->q, row * head_dim + d,
-                          load_numbers(job->qkv, token * job->qkv_stride + head * head_dim + d, head_dim - d, dtype),
-                          head_dim - d, row_dtype(dtype));
+        form_row(number_at(job->qkv, token * job->qkv_stride + head * head_dim, dtype), head_dim,
+                 number_at(scratch->q, row * head_dim, row_dtype(dtype)), dtype);
     }
     /* No row sees what lies before this one. */
     int64_t seen = attention->window ? (queries->first_position + 1 - attention->window) / TILE_KEYS * TILE_KEYS : 0;

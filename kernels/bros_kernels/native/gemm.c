@@ -161,14 +161,8 @@ SIMD_INLINE struct row_scale round_row(const void *x, int64_t k, char *rounded, 
     return (struct row_scale){maximum / 127.0f, -128 * i_sum(total)};
 }
 
-SIMD_INLINE void widen_row(const void *x, int64_t k, char *row, const int dtype)
-{
-    for (int64_t i = 0; i < k; i += 16)
-        store_numbers(row, i, load_numbers(x, i, k - i, dtype), k - i, row_dtype(dtype));
-}
-
 #define ROUND(DTYPE) job->scales[row] = round_row(x, job->k, formed, DTYPE)
-#define WIDEN(DTYPE) widen_row(x, job->k, formed, DTYPE)
+#define FORM(DTYPE) form_row(x, job->k, formed, DTYPE)
 
 SIMD static void form_tile(const void *argument, int64_t tile)
 {
@@ -180,7 +174,7 @@ SIMD static void form_tile(const void *argument, int64_t tile)
         if (job->scales) {
             FOR_DTYPE(job->dtype, ROUND)
         } else {
-            FOR_DTYPE(job->dtype, WIDEN)
+            FOR_DTYPE(job->dtype, FORM)
         }
     }
 }

@@ -31,6 +31,7 @@
 #ifndef BROS_SIMD_H
 #define BROS_SIMD_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "dtype.h"
@@ -106,6 +107,16 @@ SIMD_INLINE void normalise(const void *x, int64_t size, const struct bros_norm *
         floats weight = f_add(load_numbers(norm->weight, i, size - i, dtype), offset);
         store_numbers(out, i, f_mul(scaled, weight), size - i, dtype);
     }
+}
+
+/* x: `count` numbers, to a row as it is multiplied. */
+SIMD_INLINE void form_row(const void *x, int64_t count, void *row, const int dtype)
+{
+    if (row_dtype(dtype) == dtype)
+        __builtin_memcpy(row, x, (size_t)(count * number_bytes(dtype)));
+    else
+        for (int64_t i = 0; i < count; i += 16)
+            store_numbers(row, i, load_numbers(x, i, count - i, dtype), count - i, row_dtype(dtype));
 }
 
 /* Rows of the next register tile, where `left` are left: of about the same height, so 16 rows are 8 + 8, not 12 + 4. */
