@@ -65,7 +65,8 @@ SIMD_INLINE floats load_numbers(const void *x, int64_t at, int64_t count, const 
         memcpy(some, from, count > 0 ? (size_t)count * sizeof *some : 0);
         from = some;
     }
-    return (floats){widened(_mm_loadu_si128((const __m128i *)from)), widened(_mm_loadu_si128((const __m128i *)from + 1))};
+    return (floats){widened(_mm_loadu_si128((const __m128i *)from)),
+                    widened(_mm_loadu_si128((const __m128i *)from + 1))};
 }
 
 /* The upper halves of 8 floats, rounded to nearest even; NaN stays NaN. */
@@ -317,69 +318,60 @@ SIMD_INLINE __m256 column_of(__m256i units, const int part, const int unit)
                                     : _mm256_slli_epi32(units, 16));
 }
 
-/* sums += x @ panel, of `rows` rows and `width` registers of columns. */
-SIMD_INLINE void multiply_part(__m256 (*all_sums)[4], const int rows, const int width, const char *x, int64_t x_stride,
-                               const char *panel, int64_t num_units, const char *next, int num_lines, const int unit)
-{
-    const int num_parts = unit == BF16_PAIR ? 2 : 1;
-    __m256 sums[NARROW_ROWS][4];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < width; c++)
-            sums[r][c] = all_sums[r][c];
-    for (int64_t at = 0; at < num_units; at++, panel += PANEL_UNIT_BYTES) {
-        for (int line = 0; line < num_lines; line++, next += 64)
-            _mm_prefetch(next, _MM_HINT_T1);
-        UNROLL for (int part = 0; part < num_parts; part++, x += sizeof(float)) {
-            __m256 columns[4];
-            UNROLL for (int c = 0; c < width; c++)
-                columns[c] = column_of(_mm256_load_si256((const __m256i *)panel + c), part, unit);
-            UNROLL for (int r = 0; r < rows; r++) {
-                const __m256 row = _mm256_broadcast_ss((const float *)(x + r * x_stride));
-                UNROLL for (int c = 0; c < width; c++)
-                    sums[r][c] = _mm256_fmadd_ps(row, columns[c], sums[r][c]);
-            }
-        }
-    }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < width; c++)
-            all_sums[r][c] = sums[r][c];
-}
+SIMD_INLINE __m256 broadcast_float(const char *x) { return _mm256_broadcast_ss((const float *)x); }
+SIMD_INLINE __m256 add_floats(__m256 sum, __m256 row, __m256 columns) { return _mm256_fmadd_ps(row, columns, sum); }
 
 /* Of int8, numbers 0 and 2 of a quad in 16 bits each, or 1 and 3. */
-SIMD_INLINE __m256i weights_of(__m256i quads, const int part)
+SIMD_INLINE __m256i weights_of(__m256i quads, const int part, const int unit)
 {
+    (void)unit;
     return part ? _mm256_srli_epi16(quads, 8) : _mm256_and_si256(quads, _mm256_set1_epi16(0xff));
 }
 
-SIMD_INLINE void multiply_int8_part(__m256i (*all_sums)[4], const int rows, const int width, const char *x,
-                                    int64_t x_stride, const char *panel, int64_t num_units, const char *next,
-                                    int num_lines, const int unit)
+SIMD_INLINE __m256i broadcast_pair(const char *x)
 {
-    (void)unit;
-    __m256i sums[NARROW_ROWS][4];
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < width; c++)
-            sums[r][c] = all_sums[r][c];
-    for (int64_t at = 0; at < num_units; at++, panel += PANEL_UNIT_BYTES) {
-        for (int line = 0; line < num_lines; line++, next += 64)
-            _mm_prefetch(next, _MM_HINT_T1);
-        UNROLL for (int part = 0; part < 2; part++, x += sizeof(int32_t)) {
-            __m256i columns[4];
-            UNROLL for (int c = 0; c < width; c++)
-                columns[c] = weights_of(_mm256_load_si256((const __m256i *)panel + c), part);
-            UNROLL for (int r = 0; r < rows; r++) {
-                int32_t pair;
-                memcpy(&pair, x + r * x_stride, sizeof pair);
-                const __m256i row = _mm256_set1_epi32(pair);
-                UNROLL for (int c = 0; c < width; c++)
-                    sums[r][c] = _mm256_add_epi32(sums[r][c], _mm256_madd_epi16(row, columns[c]));
-            }
-        }
-    }
-    UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int c = 0; c < width; c++)
-            all_sums[r][c] = sums[r][c];
+    int32_t pair;
+    memcpy(&pair, x, sizeof pair);
+    return _mm256_set1_epi32(pair);
 }
+SIMD_INLINE __m256i add_pairs(__m256i sum, __m256i row, __m256i columns)
+{
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(row, columns));
+}
+
+/* sums += x @ panel, of `rows` rows and `width` registers of columns. A unit of columns is multiplied in parts, each
+ * with 4 bytes of a row. */
+#define MULTIPLY_PART(NAME, REGISTER, COLUMNS, BROADCAST, ADD)                                                 \
+    SIMD_INLINE void NAME(REGISTER(*all_sums)[4], const int rows, const int width, const char *x,              \
+                          int64_t x_stride, const char *panel, int64_t num_units, const char *next,            \
+                          int num_lines, const int unit)                                                       \
+    {                                                                                                          \
+        const int num_parts = (int)row_unit_bytes(unit) / 4;                                                   \
+        REGISTER sums[NARROW_ROWS][4];                                                                         \
+        UNROLL for (int r = 0; r < rows; r++)                                                                  \
+            UNROLL for (int c = 0; c < width; c++)                                                             \
+                sums[r][c] = all_sums[r][c];                                                                   \
+        for (int64_t at = 0; at < num_units; at++, panel += PANEL_UNIT_BYTES) {                                \
+            for (int line = 0; line < num_lines; line++, next += 64)                                           \
+                _mm_prefetch(next, _MM_HINT_T1);                                                               \
+            UNROLL for (int part = 0; part < num_parts; part++, x += 4) {                                      \
+                REGISTER columns[4];                                                                           \
+                UNROLL for (int c = 0; c < width; c++)                                                         \
+                    columns[c] = COLUMNS(_mm256_load_si256((const __m256i *)panel + c), part, unit);           \
+                UNROLL for (int r = 0; r < rows; r++) {                                                        \
+                    const REGISTER row = BROADCAST(x + r * x_stride);                                          \
+                    UNROLL for (int c = 0; c < width; c++)                                                     \
+                        sums[r][c] = ADD(sums[r][c], row, columns[c]);                                         \
+                }                                                                                              \
+            }                                                                                                  \
+        }                                                                                                      \
+        UNROLL for (int r = 0; r < rows; r++)                                                                  \
+            UNROLL for (int c = 0; c < width; c++)                                                             \
+                all_sums[r][c] = sums[r][c];                                                                   \
+    }
+
+MULTIPLY_PART(multiply_part, __m256, column_of, broadcast_float, add_floats)
+MULTIPLY_PART(multiply_int8_part, __m256i, weights_of, broadcast_pair, add_pairs)
 
 /* Parts of any height are functions of their own: inlined into every register tile they would take minutes to compile.
  * Of the parts of a tile the first ones fetch what is to be fetched, a line a unit each. */

@@ -35,8 +35,8 @@ struct bros_linear {
 };
 
 /* out = norm(x) @ w.T + bias + residual, with float32 or int32 sums. x: (m, k), rows x_stride numbers apart; residual,
- * which may be NULL: (m, n), contiguous; out: the same, or for BROS_SILU_MUL (m, n / 2), whose residual has the columns of
- * gate in its first half and those of up in its second. */
+ * which may be NULL: (m, n), contiguous; out: the same. For BROS_SILU_MUL out is (m, n / 2), and the residual has the
+ * columns of gate in its first half and those of up in its second. */
 BROS_EXPORT void bros_multiply(const struct bros_linear *linear, const void *x, int64_t x_stride, int64_t m,
                                const void *residual, void *out);
 
