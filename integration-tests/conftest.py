@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import json
 import os
@@ -136,3 +137,24 @@ def wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
 def eventually() -> Callable[..., None]:
     """`eventually(condition, timeout_s)`: see `wait_until`."""
     return wait_until
+
+
+@pytest.fixture(scope="session")
+def contend(eventually: Callable[..., None]) -> Callable[..., list[Any]]:
+    """`contend(server, best_effort, real_time)`: what these calls give, in this order, twelve of a class at a time.
+
+    The real-time ones begin once some best-effort sequences own memory, so that they must take it from them. Begun
+    together they might have it all until they are done, while best-effort sequences wait and are never preempted.
+    """
+
+    def run(server: Launcher, best_effort: list[Callable[[], Any]], real_time: list[Callable[[], Any]]) -> list[Any]:
+        def is_contended() -> bool:
+            return server.metric('bros_sequences{class="be",state="running"}') >= 2 or all(job.done() for job in batch)
+
+        with concurrent.futures.ThreadPoolExecutor(12) as first, concurrent.futures.ThreadPoolExecutor(12) as second:
+            batch = [first.submit(call) for call in best_effort]
+            eventually(is_contended, timeout_s=60)
+            chats = [second.submit(call) for call in real_time]
+            return [job.result() for job in (*batch, *chats)]
+
+    return run
