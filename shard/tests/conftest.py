@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -662,30 +663,39 @@ def generate() -> Callable[[Any, list[int]], list[int]]:
     return _generate
 
 
+@pytest.fixture(scope="session")
+def replay_ranks() -> Iterator[subprocess.Popen[str]]:
+    """The process of `replay_ranks.py`. The library of numpy would start threads."""
+    command = [sys.executable, str(Path(__file__).with_name("replay_ranks.py"))]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        yield process
+
+
 @pytest.fixture
-def run_ranks(tmp_path: Path) -> Callable[..., dict[str, list[int]]]:
+def run_ranks(tmp_path: Path, replay_ranks: subprocess.Popen[str]) -> Callable[..., dict[str, list[int]]]:
     """`run_ranks(options, world_size, plans)`: tokens of each sequence, from ranks in processes of their own."""
 
     def run(options: ShardOptions, world_size: int, plans: list[StepPlan]) -> dict[str, list[int]]:
         plans_path, results_path = tmp_path / "plans.json", tmp_path / "results.json"
         plans_path.write_text(json.dumps([encode(plan).hex() for plan in plans]))
-        rendezvous = f"file://{tmp_path}/{uuid4()}"
-        ranks = [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    str(Path(__file__).with_name("replay_rank.py")),
-                    str(plans_path),
-                    str(results_path),
-                    *replace(options, rank=rank, world_size=world_size, rendezvous=rendezvous).to_argv(),
-                ],
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        errors = [rank.communicate(timeout=600)[1] for rank in ranks]
-        assert [rank.returncode for rank in ranks] == [0] * world_size, errors
+        options = replace(options, world_size=world_size, rendezvous=f"file://{tmp_path}/{uuid4()}")
+        files = [tmp_path / f"rank{rank}.txt" for rank in range(world_size)]
+        job = {
+            "environment": dict(os.environ),
+            "plans": str(plans_path),
+            "results": str(results_path),
+            "timeout_s": 300,
+            "ranks": [
+                {"argv": replace(options, rank=rank).to_argv(), "file": str(file)} for rank, file in enumerate(files)
+            ],
+        }
+        assert replay_ranks.stdin is not None and replay_ranks.stdout is not None
+        print(json.dumps(job), file=replay_ranks.stdin, flush=True)
+        statuses = json.loads(replay_ranks.stdout.readline())
+        assert statuses == [0] * world_size, "\n".join(file.read_text() for file in files)
         outputs: dict[str, list[int]] = json.loads(results_path.read_text())
         return outputs
 
