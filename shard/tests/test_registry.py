@@ -173,6 +173,14 @@ def test_experts_that_cannot_be_split_are_refused(reference) -> None:
             Experts(experts, weights, "model.layers.0", 64, torch.relu, norm)
 
 
+def test_heads_that_cannot_be_split_are_refused(reference) -> None:
+    path = reference("llama").path
+    ranks: Any = Ranks(3)
+    kernels = TorchKernels(torch.float32)
+    with pytest.raises(UnsupportedModelError, match="4 attention heads cannot be split over 3 ranks"):
+        load_model(path, ConfigFields.load(path), ranks, CPU, torch.float32, ModelLimits(), kernels)
+
+
 @pytest.mark.parametrize(
     ("world_size", "num_heads", "num_kv_heads", "inner_size"),
     [(1, 9, 3, 1536), (2, 8, 2, 96), (4, 8, 2, 96), (4, 8, 1, 96), (2, 8, 8, 96), (2, 12, 6, 96)],
