@@ -124,14 +124,17 @@ def test_request_ends_at_its_deadline_and_the_next_is_served(server):
     assert generate(server, "def next", 4)
 
 
-@pytest.mark.parametrize("policy", ["fcfs", "tgi", "bros-paper"])
-def test_text_is_the_same_under_every_policy(server, launch, policy):
-    other = launch("--dtype", "float32", "--scheduler", policy, "--kv-cache-memory", "64MiB").wait_until_ready()
+def test_text_is_the_same_under_every_policy(server, launch):
+    flags = ("--dtype", "float32", "--kv-cache-memory", "64MiB")
+    others = {policy: launch(*flags, "--scheduler", policy) for policy in ("fcfs", "tgi", "bros-paper")}
     prompts = [f"class Number{number}:" for number in range(6)]
-    with concurrent.futures.ThreadPoolExecutor(6) as threads:
-        texts = [
-            threads.submit(generate, other, prompt, 20, x_request_class="be" if number % 2 else "rt")
-            for number, prompt in enumerate(prompts)
-        ]
-    assert [text.result() for text in texts] == [generate(server, prompt, 20) for prompt in prompts]
-    other.stop()
+    expected = [generate(server, prompt, 20) for prompt in prompts]
+    for policy, other in others.items():
+        other.wait_until_ready()
+        with concurrent.futures.ThreadPoolExecutor(6) as threads:
+            texts = [
+                threads.submit(generate, other, prompt, 20, x_request_class="be" if number % 2 else "rt")
+                for number, prompt in enumerate(prompts)
+            ]
+        assert [text.result() for text in texts] == expected, policy
+        other.process.kill()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 #: Those that chance makes.
-NUM_CASES = int(os.environ.get("BROS_SCHEMATHESIS_CASES", "100"))
+NUM_CASES = int(os.environ.get("BROS_SCHEMATHESIS_CASES", "40"))
 
 SCHEMATHESIS = Path(sys.executable).parent / "schemathesis"
 CONFIG = Path(__file__).parent / "schemathesis.toml"
