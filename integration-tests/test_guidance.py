@@ -6,6 +6,7 @@ import json
 import re
 import urllib.error
 import urllib.request
+from datetime import date
 from typing import Any
 
 import jsonschema
@@ -112,12 +113,25 @@ REGEXES = st.recursive(
 )
 
 
+#: As jsonschema judges formats, but for the years of dates: a grammar has the year 0, and a 29th of February in each.
+FORMATS = jsonschema.FormatChecker()
+
+
+@FORMATS.checks("date", raises=ValueError)
+def is_date(value: object) -> bool:
+    if not isinstance(value, str):
+        return True
+    return re.fullmatch("[0-9]{4}-[0-9]{2}-[0-9]{2}", value) is not None and bool(
+        date.fromisoformat(f"2000{value[4:]}")
+    )
+
+
 def matches(grammar: dict, text: str) -> bool:
     """As others judge it."""
     if grammar["type"] == "regex":
         return re.fullmatch(grammar["value"], text) is not None
     schema = grammar["value"]
-    jsonschema.validate(json.loads(text), schema, format_checker=jsonschema.FormatChecker())
+    jsonschema.validate(json.loads(text), schema, format_checker=FORMATS)
     return list(json.loads(text)) == [name for name in schema["properties"] if name in json.loads(text)]
 
 
