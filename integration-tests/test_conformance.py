@@ -76,8 +76,8 @@ def post(server, path: str, body: dict) -> str:
     return subprocess.run([*command, "-d", json.dumps(body)], capture_output=True, text=True, check=True).stdout
 
 
-#: What the expressions of the dashboard that TGI publishes for Grafana select, but for `tgi_request_skipped_tokens`, of
-#: which it asks for buckets that TGI has not either.
+#: What the expressions of the dashboard that TGI publishes for Grafana select, but for `tgi_request_skipped_tokens`,
+#: which only a server that speculates has.
 DASHBOARD = """
     tgi_request_count tgi_request_success tgi_request_failure{err="validation"}
     tgi_request_duration_bucket tgi_request_queue_duration_bucket tgi_request_mean_time_per_token_duration_bucket

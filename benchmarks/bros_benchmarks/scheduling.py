@@ -21,7 +21,7 @@ from bros_router.scheduling.policies.registry import PolicyOptions, make_policy
 from bros_router.scheduling.scheduler import Scheduler
 from bros_router.scheduling.sequence import Sequence
 from bros_router.scheduling.step_draft import SchedulerLimits
-from bros_shard.protocol import SamplingParams, SequenceResult, StepResult, StepShape
+from bros_shard.protocol import SampledToken, SamplingParams, SequenceResult, StepResult, StepShape
 
 NUM_STEPS = 400
 #: Steps that prefill, fill caches and let the model settle.
@@ -62,7 +62,7 @@ def measure(policy_name: str, num_running: int, num_waiting: int) -> tuple[list[
         plan = scheduler.plan(now_s)
         plan_s.append(time.perf_counter() - start_s)
         assert plan is not None
-        results = [SequenceResult(part.sequence_id, 5, -1.0) for part in plan.sequences]
+        results = [SequenceResult(part.sequence_id, [SampledToken(5, -1.0)]) for part in plan.sequences]
         now_s += STEP_S
         start_s = time.perf_counter()
         scheduler.commit(StepResult(0, plan.step_id, results, 0.0, 0.0, STEP_S, 0.0), now_s)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from bros_router.lora_adapters import AdapterSource, parse_adapters
-from bros_shard.protocol import MAX_TOP_TOKENS
+from bros_shard.protocol import MAX_SPECULATIVE_TOKENS, MAX_TOP_TOKENS
 
 #: Tokens of prompts whose log-probabilities, with those of the likeliest others, a frame from the ranks has room for.
 _MOST_TOLD_TOKENS: Final = 100_000
@@ -227,6 +227,13 @@ class BatchConfig:
     )
     #: Bounds the memory of sampling, whose logits are sequences by vocabulary.
     max_batch_size: int = flag(256, "Most sequences in one step.", minimum=1)
+    speculate: int = flag(
+        0,
+        "Most tokens that are guessed beyond the next one, from what came after the same words before, and kept where"
+        " the model agrees. 0: none.",
+        minimum=0,
+        maximum=MAX_SPECULATIVE_TOKENS,
+    )
 
     def __post_init__(self) -> None:
         """Raises `ConfigError` where the limits contradict each other."""

@@ -367,8 +367,12 @@ class StepEngine:
         self._admission.step_ended(step.plan, step.planned.rt_decode_share, now_s)
         for told in result.prompts:
             self._note_prompt(told)
+        for part in result.sequences:
+            if part.num_speculative_tokens:
+                self._metrics.tokens_guessed(part.num_speculative_tokens, num_accepted=len(part.tokens) - 1)
         for outcome in self._scheduler.commit(result, now_s):
-            self._stream(outcome, now_s)
+            if outcome.sequence.sequence_id in self._replies:  # a token of the step may have been its last
+                self._stream(outcome, now_s)
         self._metrics.step_finished(
             step.method,
             total_s=now_s - step.sent_s,
@@ -448,7 +452,7 @@ class StepEngine:
         sequence = reply.sequence
         if reply.expiry is not None:
             reply.expiry.cancel()
-        self._scheduler.finish(sequence, is_complete=is_complete)
+        self._scheduler.finish(sequence, num_output_tokens=len(reply.texts), is_complete=is_complete)
         self._admission.ended(sequence.sequence_id)
         del self._replies[sequence.sequence_id]
         if not self._replies:

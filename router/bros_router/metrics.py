@@ -7,6 +7,7 @@ from typing import Final, Literal, TypeAlias
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from bros_router.request import Admission, RequestClass
+from bros_shard.protocol import MAX_SPECULATIVE_TOKENS
 
 #: How a request may end badly; `deadline`, `unavailable` and `internal` are ours.
 Failure: TypeAlias = Literal[
@@ -107,6 +108,15 @@ class Metrics:
             "bros_steps_interrupted_total",
             "Steps that real-time prompts were run in the middle of",
             registry=self._registry,
+        )
+        self._skipped_tokens = Histogram(
+            "tgi_request_skipped_tokens",
+            "Tokens that a guess brought beyond the next one, for each sequence and step with guesses",
+            buckets=range(MAX_SPECULATIVE_TOKENS + 1),
+            registry=self._registry,
+        )
+        self._speculative_tokens = self._counter(
+            "bros_speculative_tokens_total", "Tokens that were guessed, by what became of them", "outcome"
         )
         self._batch_cap = self._gauge("bros_batch_cap", "Most sequences that a step may hold now")
         self._frames_dropped = self._counter(
@@ -251,6 +261,12 @@ class Metrics:
     def step_interrupted(self) -> None:
         """A step was sent to be run in the middle of another."""
         self._interruptions.inc()
+
+    def tokens_guessed(self, num_tokens: int, *, num_accepted: int) -> None:
+        """A step guessed so many tokens of one sequence, and so many of them were right."""
+        self._skipped_tokens.observe(num_accepted)
+        self._speculative_tokens.labels("accepted").inc(num_accepted)
+        self._speculative_tokens.labels("rejected").inc(num_tokens - num_accepted)
 
     def set_batch_cap(self, num_sequences: int) -> None:
         """Most sequences that the next step may hold."""

@@ -37,6 +37,7 @@ from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.bros import BrosOptions
 from bros_router.scheduling.policies.registry import PolicyOptions, make_policy, preemption_of
 from bros_router.scheduling.scheduler import Scheduler, StepMismatchError
+from bros_router.scheduling.speculation import Speculation
 from bros_router.scheduling.step_draft import SchedulerLimits
 from bros_router.service import Phase, ServedModel, Service
 from bros_router.shard_client import GroupInfo, ShardError, ShardGroup
@@ -246,7 +247,8 @@ def make_engine(
     latency_model = LatencyModel(info.profile.points)
     policy = make_policy(scheduling.scheduler, latency_model, limits, options)
     hasher = None if config.ranks.disable_prefix_caching else BlockHasher(hello.block_size, secrets.token_bytes(32))
-    scheduler = Scheduler(policy, kv, latency_model, limits, shards.generation, hasher)
+    speculation = Speculation(batch.speculate) if batch.speculate else None
+    scheduler = Scheduler(policy, kv, latency_model, limits, shards.generation, hasher, speculation)
     admission = AdmissionController(
         latency_model,
         limits.max_batch_tokens,

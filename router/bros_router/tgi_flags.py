@@ -112,13 +112,6 @@ ACCEPTED: Final = (
 
 REFUSED: Final = (
     _foreign(
-        "speculate",
-        int,
-        "Tokens to speculate on.",
-        "Speculation is not supported yet: leave it out.",
-        neutral=(None, 0),
-    ),
-    _foreign(
         "kv-cache-dtype",
         str,
         "Number format of the KV cache.",

@@ -308,7 +308,6 @@ def test_flag_of_tgi_that_has_no_effect_starts_with_one_warning(argv):
     "argv",
     [
         ["--quantize", "awq"],
-        ["--speculate", "2"],
         ["--kv-cache-dtype", "fp8_e5m2"],
         ["--ngrok"],
     ],
@@ -326,7 +325,7 @@ def test_flags_of_what_is_told_and_marked():
 
 def test_refusal_covers_the_environment_but_not_values_that_ask_for_nothing():
     assert "--quantize is refused. " in refuse(QUANTIZE="gptq")
-    asked = parse("--speculate", "0", QUANTIZE="", ENABLE_PREFILL_LOGPROBS="false", NGROK="0", LORA_ADAPTERS="")
+    asked = parse(QUANTIZE="", ENABLE_PREFILL_LOGPROBS="false", NGROK="0", LORA_ADAPTERS="")
     assert asked.warnings == ()
 
 

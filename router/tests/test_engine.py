@@ -14,10 +14,11 @@ from bros_router.model_source import demo_model_path
 from bros_router.request import FinishReason, GenerationError, RequestClass, ServiceUnavailableError, ValidRequest
 from bros_router.scheduling.policies.ordered import FirstComeFirstServed
 from bros_router.scheduling.scheduler import Scheduler
+from bros_router.scheduling.speculation import Speculation
 from bros_router.scheduling.step_draft import SchedulerLimits
 from bros_router.shard_client import ShardError
 from bros_router.tokenizer import Tokenizer
-from bros_shard.protocol import PromptLogprobs, SamplingParams, SequenceResult, StepPlan, StepResult
+from bros_shard.protocol import PromptLogprobs, SampledToken, SamplingParams, SequenceResult, StepPlan, StepResult
 from simulated_ranks import ExactModel
 
 EOS, VOCAB_SIZE = 7, 1000
@@ -63,9 +64,12 @@ class InMemoryGroup:
                 tops = [[(position, 0.0)] for position in positions]
                 prompts.append(PromptLogprobs(step.sequence_id, positions[0], [-float(p) for p in positions], tops))
             script, position = self.scripts[step.sequence_id], self.positions[step.sequence_id]
-            self.positions[step.sequence_id] += 1
             tops = [(script[position % 3], -1.0), (EOS, -2.0)] if step.sequence_id in self.told else []
-            results.append(SequenceResult(step.sequence_id, script[position % 3], -1.0, top_tokens=tops))
+            # All guesses are right.
+            end = position + 1 + step.max_speculative_tokens
+            self.positions[step.sequence_id] = end
+            tokens = [SampledToken(script[number % 3], -1.0, tops) for number in range(position, end)]
+            results.append(SequenceResult(step.sequence_id, tokens, None, step.max_speculative_tokens))
         return StepResult(plan.generation, plan.step_id, results, 0.0, 0.0, 0.0, 0.0, prompts)
 
 
@@ -143,6 +147,33 @@ async def test_stop_sequence_that_is_cut_is_held_back_across_tokens_and_never_sh
     assert [event.shown for event in events] == [text[0], text[1][:-2], ""]
     assert events[-1].finish.reason is FinishReason.STOP_SEQUENCE
     assert events[-1].finish.generated_text == text[0] + text[1][:-2]
+
+
+async def test_what_a_step_brings_beyond_the_last_token_is_dropped(group):
+    """Some tokens of a step are guesses that were right; the reply may end with any of them."""
+    kv = KVManager(num_blocks=64, block_size=16)
+    scheduler = Scheduler(FirstComeFirstServed(), kv, ExactModel(), SchedulerLimits(64, 8), speculation=Speculation(8))
+    tokenizer = Tokenizer(demo_model_path() / "tokenizer.json")
+    model = EngineModel(tokenizer, frozenset({EOS}), VOCAB_SIZE)
+    engine = StepEngine(
+        scheduler, kv, ExactModel(), AdmissionController(ExactModel(), 64, 64 * 16), group, model, Metrics()
+    )
+    running = asyncio.create_task(engine.run())
+    ids = tokenizer.encode("the value of").ids
+    text = [tokenizer.detokenizer([]).step(token_id) for token_id in ids]
+    stopped = engine.submit(request(*ids, max_new_tokens=40, stop_sequences=(text[2],)))
+    ended = engine.submit(request(11, EOS, 13, max_new_tokens=40))
+    long = engine.submit(request(11, 12, 13, max_new_tokens=40))
+    events = [event async for event in stopped]
+    assert [event.token.token_id for event in events] == ids
+    assert (events[-1].finish.reason, events[-1].finish.num_generated_tokens) == (FinishReason.STOP_SEQUENCE, 3)
+    assert stopped.sequence.output_token_ids == ids
+    assert await read(ended) == ([11, EOS], FinishReason.EOS_TOKEN)
+    assert await read(long) == ([11, 12, 13] * 13 + [11], FinishReason.LENGTH)
+    await engine.drained()
+    assert len(group.plans) < 20
+    running.cancel()
+    await asyncio.gather(running, return_exceptions=True)
 
 
 async def test_text_that_was_held_back_is_shown_at_the_end(engine):

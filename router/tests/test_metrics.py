@@ -140,6 +140,7 @@ def test_what_is_ours_is_told_by_class_and_owner():
     metrics.set_kv_blocks(rt=3, be=4, cached=6, free=5)
     metrics.prompt_computed(RequestClass.BE, 20, num_cached=16)
     metrics.frame_dropped("malformed")
+    metrics.tokens_guessed(4, num_accepted=3)
     assert ours(metrics) == {
         'bros_queue_wait_seconds_count{class="rt"}': 1,
         'bros_queue_wait_seconds_sum{class="rt"}': 0.125,
@@ -154,7 +155,10 @@ def test_what_is_ours_is_told_by_class_and_owner():
         'bros_prompt_tokens_total{class="be"}': 20,
         'bros_prompt_tokens_cached_total{class="be"}': 16,
         'bros_frames_dropped_total{reason="malformed"}': 1,
+        'bros_speculative_tokens_total{outcome="accepted"}': 3,
+        'bros_speculative_tokens_total{outcome="rejected"}': 1,
     }
+    assert samples(metrics)["tgi_request_skipped_tokens_sum"] == 3
 
 
 def test_requests_are_counted_by_class_and_how_they_ended():

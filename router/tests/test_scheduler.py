@@ -25,8 +25,9 @@ from bros_router.scheduling.policies.ordered import FirstComeFirstServed
 from bros_router.scheduling.policies.registry import POLICY_NAMES, PolicyOptions, make_policy, preemption_of
 from bros_router.scheduling.scheduler import Scheduler, StepMismatchError
 from bros_router.scheduling.sequence import Sequence, SequenceState
+from bros_router.scheduling.speculation import Speculation
 from bros_router.scheduling.step_draft import SchedulerLimits
-from bros_shard.protocol import SequenceResult, StepPlan, StepResult
+from bros_shard.protocol import SampledToken, SequenceResult, StepPlan, StepResult
 from simulated_ranks import VOCAB_SIZE, ExactModel, SimulatedRanks, expected_output, make_sequence, shapes
 
 
@@ -185,7 +186,17 @@ def test_sequence_missing_from_the_result_is_a_fault_not_a_hang():
     scheduler.add(make_sequence(0, 2, 3))
     scheduler.plan(0.0)
     (outcome,) = scheduler.commit(StepResult(0, 0, [], 0.0, 0.0, 0.0, 0.0), 0.0)
-    assert outcome.fault == "the step gave no token"
+    assert outcome.fault == "the step gave no token, or too many"
+
+
+def test_more_tokens_than_were_allowed_are_a_fault():
+    scheduler, kv = make_scheduler()
+    scheduler.add(make_sequence(0, 2, 3))
+    scheduler.plan(0.0)
+    part = SequenceResult(0, [SampledToken(1), SampledToken(2)])
+    (outcome,) = scheduler.commit(StepResult(0, 0, [part], 0.0, 0.0, 0.0, 0.0), 0.0)
+    assert outcome.fault == "the step gave no token, or too many"
+    assert kv.num_free_blocks == kv.num_blocks
 
 
 def test_result_of_another_step_is_refused():
@@ -207,6 +218,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     num_host_blocks = 5
     max_batch_tokens = 9
     has_cache = False
+    most_guesses = 0
     sequences = Bundle("sequences")
 
     def __init__(self) -> None:
@@ -217,7 +229,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         model = ExactModel()
         policy = make_policy(self.policy_name, model, limits, self.options)
         hasher = BlockHasher(4, b"salt") if self.has_cache else None
-        self.scheduler = Scheduler(policy, self.kv, model, limits, hasher=hasher)
+        speculation = Speculation(self.most_guesses) if self.most_guesses else None
+        self.scheduler = Scheduler(policy, self.kv, model, limits, hasher=hasher, speculation=speculation)
         self.ranks = self.make_ranks(0)
         #: Plans that have not begun; results that are to come, of steps and of what interrupts them.
         self.sent: deque[StepPlan] = deque()
@@ -226,6 +239,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         #: The step that may run still, and what interrupted it.
         self.running: list[StepPlan] = []
         self.alive: dict[int, Sequence] = {}
+        self.received: dict[int, list[int]] = {}
         self.num_sequences = 0
         self.now_s = 0.0
 
@@ -274,7 +288,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def plan(self):
         plan = self.scheduler.plan(self.now_s)
         if plan is not None:
-            assert sum(step.num_tokens for step in plan.sequences) <= self.max_batch_tokens
+            num_tokens = sum(step.num_tokens + step.max_speculative_tokens for step in plan.sequences)
+            assert num_tokens <= self.max_batch_tokens
             assert len(plan.sequences) <= 5
             self.sent.append(plan)
 
@@ -304,6 +319,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.interruptions.append(self.ranks.execute_within(plan, *self.running))
             self.running.append(plan)
 
+    @rule(num_steps=st.integers(1, 4))
+    def run_ahead(self, num_steps):
+        """As the engine does while nothing comes: the next step is planned before the result of the one that runs."""
+        for _ in range(num_steps):
+            self.plan_if_due()
+            if self.sent and not self.results and not self.interruptions:
+                self.begin()
+                self.plan_if_due()
+                self.commit()
+
+    def plan_if_due(self):
+        if len(self.sent) + len(self.results) < 2:
+            self.plan()
+
     # What was sent before the interruption may end before it, if that came late; what was sent after it cannot.
     @precondition(
         lambda self: self.results and all(self.results[0].step_id < result.step_id for result in self.interruptions)
@@ -326,9 +355,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             sequence = outcome.sequence
             tokens, reason = expected_output(sequence)
             assert outcome.fault is None
-            assert sequence.output_token_ids == tokens[: len(sequence.output_token_ids)]
-            assert outcome.finish_reason == (reason if len(sequence.output_token_ids) == len(tokens) else None)
+            received = self.received.setdefault(sequence.sequence_id, [])
+            received.append(outcome.token_id)
+            assert received == tokens[: len(received)]
+            assert outcome.finish_reason == (reason if len(received) == len(tokens) else None)
             if outcome.finish_reason is not None:
+                assert sequence.output_token_ids == tokens
                 del self.alive[sequence.sequence_id]  # fails if a sequence ends twice
         self.interrupt()
 
@@ -360,11 +392,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         while self.alive or self.sent or self.results or self.interruptions:
             while self.interruptions:
                 self.commit_interruption()
-            if not self.sent and not self.results:
-                self.plan()
+            self.plan_if_due()
             assert self.sent or self.results or self.interruptions, "sequences wait and nothing runs"
-            if self.sent:
+            if self.sent and not self.results:
                 self.begin()
+                self.plan_if_due()
             if self.results and not self.interruptions:
                 self.commit()
             num_steps += 1
@@ -377,7 +409,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 _machine_settings = settings(
-    max_examples=int(os.environ.get("BROS_HYPOTHESIS_EXAMPLES", "60")),
+    max_examples=int(os.environ.get("BROS_HYPOTHESIS_EXAMPLES", "50")),
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
@@ -394,9 +426,11 @@ _MACHINES = [
 ]
 
 
-@pytest.mark.parametrize("has_cache", [False, True])
+@pytest.mark.parametrize(("has_cache", "most_guesses"), [(False, 0), (True, 0), (True, 5)])
 @pytest.mark.parametrize(("name", "preemption", "num_host_blocks", "max_batch_tokens", "bros"), _MACHINES)
-def test_nothing_is_lost_whatever_comes(name, preemption, num_host_blocks, max_batch_tokens, bros, has_cache):
+def test_nothing_is_lost_whatever_comes(
+    name, preemption, num_host_blocks, max_batch_tokens, bros, has_cache, most_guesses
+):
     """Every sequence ends once with its own tokens, every slot read is what its owner wrote, and memory comes back."""
     attributes = {
         "policy_name": name,
@@ -404,5 +438,6 @@ def test_nothing_is_lost_whatever_comes(name, preemption, num_host_blocks, max_b
         "num_host_blocks": num_host_blocks,
         "max_batch_tokens": max_batch_tokens,
         "has_cache": has_cache,
+        "most_guesses": most_guesses,
     }
     run_state_machine_as_test(type("Machine", (SchedulerMachine,), attributes), settings=_machine_settings)

@@ -18,6 +18,7 @@ from bros_shard.protocol import (
     Identity,
     Profile,
     Progress,
+    SampledToken,
     SequenceResult,
     Shutdown,
     StepPlan,
@@ -34,7 +35,7 @@ def hello(rank: int, *, generation: int = 0, world_size: int = 1, num_blocks: in
 
 
 def result(step_id: int, generation: int = 0) -> StepResult:
-    return StepResult(generation, step_id, [SequenceResult(1, 2, -0.5)], 0.0, 0.0, 0.0, 0.0)
+    return StepResult(generation, step_id, [SequenceResult(1, [SampledToken(2, -0.5)])], 0.0, 0.0, 0.0, 0.0)
 
 
 class FakeRank:

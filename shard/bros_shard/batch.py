@@ -14,54 +14,51 @@ from bros_kernels.attn_meta import AttnMeta
 from bros_kernels.low_rank import AdaptedRows
 from bros_kernels.slots import slots_of
 from bros_shard.prompt_logprobs import PromptChunk
-from bros_shard.protocol import SequenceStep
 from bros_shard.sampling.sampler import SamplingBatch, needs_history
-from bros_shard.sequences import LiveSequence, TokenPool
+from bros_shard.sequences import LiveSequence, Run, TokenPool
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """The T tokens of a step. Sequences that bring one token come first, ordered by length, then the chunks."""
+    """The T tokens of a step, and the N rows of logits that tokens are chosen from.
+
+    Sequences that bring one token come first, ordered by length, then the chunks. A sampled sequence has one row, and
+    one more for each guess.
+    """
 
     input_ids: Tensor  # int64 (T)
     positions: Tensor  # int64 (T)
     attention: AttnMeta
     adapted_rows: tuple[AdaptedRows, ...]  # which of the tokens go through which adapter
-    sampled: list[LiveSequence]  # those whose run ends at their last known token: they get a next one
-    sampled_tokens: Tensor  # int64 (len(sampled)): index in [0, T) of each one's last token
-    sampled_rows: Tensor  # int64 (len(sampled)): rows of the token pool
-    sampled_columns: Tensor  # int64 (len(sampled)): where the next token goes, which is also its position
+    sampled: list[Run]  # those that end at the last known token: their sequences get a next one
+    sampled_tokens: Tensor  # int64 (N): index in [0, T) of the token that each row follows
+    sampled_rows: Tensor  # int64 (N): rows of the token pool
+    sampled_columns: Tensor  # int64 (N): where the next token goes, which is also its position
     prompt_chunks: list[PromptChunk]  # of the sequences that ask for the log-probabilities of their prompts
 
 
-def build_batch(
-    steps: Sequence[SequenceStep],
-    sequences: Sequence[LiveSequence],
-    pool: TokenPool,
-    block_size: int,
-    device: torch.device,
-) -> StepBatch:
-    """The batch of a step's sequences, of which there is at least one; both lists in the same order."""
-    pairs = sorted(zip(steps, sequences, strict=True), key=_batch_order)
-    num_computed = np.array([step.num_computed_tokens for step, _ in pairs])
-    num_tokens = np.array([step.num_tokens for step, _ in pairs])
-    seq_lens = num_computed + num_tokens
-    cu_q = np.zeros(len(pairs) + 1, dtype=np.int32)
+def build_batch(runs: Sequence[Run], pool: TokenPool, block_size: int, device: torch.device) -> StepBatch:
+    """The batch of a step's runs, of which there is at least one."""
+    runs = sorted(runs, key=_batch_order)
+    starts = np.array([run.start for run in runs])
+    seq_lens = np.array([run.num_computed for run in runs])
+    num_tokens = seq_lens - starts
+    cu_q = np.zeros(len(runs) + 1, dtype=np.int32)
     np.cumsum(num_tokens, out=cu_q[1:])
 
     # For each of the T tokens: which sequence it is of, and its logical position there.
-    owner = np.repeat(np.arange(len(pairs)), num_tokens)
-    position = np.arange(cu_q[-1]) - (cu_q[:-1] - num_computed)[owner]
-    block_table = _padded_block_table([sequence for _, sequence in pairs], seq_lens, block_size)
+    owner = np.repeat(np.arange(len(runs)), num_tokens)
+    position = np.arange(cu_q[-1]) - (cu_q[:-1] - starts)[owner]
+    block_table = _padded_block_table([run.sequence for run in runs], seq_lens, block_size)
     entries = block_table[owner, position // block_size]
     slots = slots_of(torch.from_numpy(entries), torch.from_numpy(position % block_size), block_size)
-    rows = np.array([sequence.row for _, sequence in pairs])
+    rows = np.array([run.sequence.row for run in runs])
 
     positions = torch.from_numpy(position).to(device)
-    is_sampled = np.array(
-        [length == sequence.num_known_tokens for length, (_, sequence) in zip(seq_lens, pairs, strict=True)]
+    sampled_tokens = np.flatnonzero(
+        np.array([run.is_sampled for run in runs])[owner]
+        & (position >= np.array([run.stop for run in runs])[owner] - 1)
     )
-    sampled = np.flatnonzero(is_sampled)
     return StepBatch(
         input_ids=pool.read(torch.from_numpy(rows[owner]).to(device), positions),
         positions=positions,
@@ -75,31 +72,30 @@ def build_batch(
             n_decode=int((num_tokens == 1).sum()),
             block_size=block_size,
         ),
-        adapted_rows=_adapted_rows([sequence.adapter for _, sequence in pairs], owner, device),
-        sampled=[pairs[index][1] for index in sampled],
-        sampled_tokens=torch.from_numpy(cu_q[1:][sampled].astype(np.int64) - 1).to(device),
-        sampled_rows=torch.from_numpy(rows[sampled]).to(device),
-        sampled_columns=torch.from_numpy(seq_lens[sampled]).to(device),
-        prompt_chunks=PromptChunk.find(pairs, cu_q.tolist()),
+        adapted_rows=_adapted_rows([run.sequence.adapter for run in runs], owner, device),
+        sampled=[run for run in runs if run.is_sampled],
+        sampled_tokens=torch.from_numpy(sampled_tokens).to(device),
+        sampled_rows=torch.from_numpy(rows[owner[sampled_tokens]]).to(device),
+        sampled_columns=torch.from_numpy(position[sampled_tokens] + 1).to(device),
+        prompt_chunks=PromptChunk.find(runs, cu_q.tolist()),
     )
 
 
 def build_sampling_batch(batch: StepBatch, pool: TokenPool) -> SamplingBatch:
-    """What the sampler must know of the sampled sequences. Their tokens are read only where a penalty needs them."""
-    params = [sequence.sampling for sequence in batch.sampled]
-    num_columns = max(
-        (sequence.num_known_tokens for sequence in batch.sampled if needs_history(sequence.sampling)), default=0
-    )
-    num_prompt_tokens = [sequence.num_prompt_tokens for sequence in batch.sampled]
+    """What the sampler must know of the N rows. The tokens before are read only where a penalty needs them."""
+    sequences = [run.sequence for run in batch.sampled for _ in range(1 + len(run.guesses))]
+    num_columns = max((run.num_computed for run in batch.sampled if needs_history(run.sequence.sampling)), default=0)
     return SamplingBatch(
-        params, pool.read_rows(batch.sampled_rows, num_columns), batch.sampled_columns, num_prompt_tokens
+        [sequence.sampling for sequence in sequences],
+        pool.read_rows(batch.sampled_rows, num_columns),
+        batch.sampled_columns,
+        [sequence.num_prompt_tokens for sequence in sequences],
     )
 
 
-def _batch_order(pair: tuple[SequenceStep, LiveSequence]) -> tuple[bool, int]:
-    step = pair[0]
-    is_chunk = step.num_tokens > 1
-    return is_chunk, 0 if is_chunk else step.num_computed_tokens
+def _batch_order(run: Run) -> tuple[bool, int]:
+    is_chunk = run.num_tokens + len(run.guesses) > 1
+    return is_chunk, 0 if is_chunk else run.start
 
 
 def _adapted_rows(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from bros_shard.models.model import CausalLM
-from bros_shard.protocol import PromptLogprobs, RankedToken, SequenceStep
+from bros_shard.protocol import PromptLogprobs, RankedToken
 from bros_shard.sampling.top_tokens import likeliest_tokens
-from bros_shard.sequences import LiveSequence, TokenPool
+from bros_shard.sequences import LiveSequence, Run, TokenPool
 
 #: Logits are made for so many bytes of float32 at a time: a long chunk's would not fit beside the KV region.
 _MAX_LOGITS_BYTES: Final = 2**26
@@ -34,13 +34,14 @@ class PromptChunk:
     num_tokens: int  # how many follow one another
 
     @classmethod
-    def find(cls, steps: Iterable[tuple[SequenceStep, LiveSequence]], first_rows: Sequence[int]) -> list[PromptChunk]:
-        """Those of a step whose parts stand in this order, the first token of each in the row that is given."""
+    def find(cls, runs: Iterable[Run], first_rows: Sequence[int]) -> list[PromptChunk]:
+        """Those of a step whose runs stand in this order, the first token of each in the row that is given."""
         chunks = []
-        for (step, sequence), first_row in zip(steps, first_rows, strict=False):
+        for run, first_row in zip(runs, first_rows, strict=False):
+            sequence = run.sequence
             if sequence.num_prompt_top_tokens is not None:
-                first = step.num_computed_tokens + 1
-                num_tokens = min(first + step.num_tokens, sequence.num_prompt_tokens) - first
+                first = run.start + 1
+                num_tokens = min(run.stop + 1, sequence.num_prompt_tokens) - first
                 if num_tokens > 0:
                     chunks.append(cls(sequence, first_row, first, num_tokens))
         return chunks

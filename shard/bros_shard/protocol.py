@@ -18,13 +18,15 @@ from typing import Annotated, Final, TypeAlias, TypeVar
 import msgspec
 from msgspec import Meta, Struct, field
 
-PROTOCOL_VERSION: Final = 4
+PROTOCOL_VERSION: Final = 5
 #: No honest frame comes near this: a prompt of a million tokens is 5 MB.
 MAX_FRAME_BYTES: Final = 32 * 1024 * 1024
 #: Most entries of a list of likely tokens: of a generated token, whatever ties, and of a prompt's. A token of a prompt
 #: is told in a frame with all others of the step, so 20 keep steps of 100,000 tokens within a frame.
 MAX_TOP_TOKENS: Final = 128
 MAX_PROMPT_TOP_TOKENS: Final = 20
+#: Most tokens that a rank may guess beyond one token of a sequence: few texts repeat themselves for longer.
+MAX_SPECULATIVE_TOKENS: Final = 16
 #: Most tokens that one request may bias.
 MAX_BIASED_TOKENS: Final = 1024
 #: So that a plan that brings every sequence of a step anew, each with a grammar, is an honest frame.
@@ -124,6 +126,10 @@ class SequenceStep(Part, frozen=True):
 
     The block table travels as a difference: entries from `first_changed_index` on are replaced by `entries`.
     The rank samples a next token if and only if the run ends at the last token that the rank knows.
+
+    Beyond that token it may guess some, run them too, and keep those that sampling confirms (`bros_shard.speculation`).
+    A router that plans the next step before it has heard how many these are, gives the least: what the rank kept, the
+    next run begins later by.
     """
 
     sequence_id: Counter
@@ -131,6 +137,10 @@ class SequenceStep(Part, frozen=True):
     num_tokens: Positive
     first_changed_index: Count
     entries: Annotated[list[Entry], Meta(max_length=2**20)]
+    #: Most tokens to guess.
+    max_speculative_tokens: Annotated[int, Meta(ge=0, le=MAX_SPECULATIVE_TOKENS)] = 0
+    #: By so many tokens at most the run begins later than `num_computed_tokens` says.
+    num_uncertain_tokens: Count = 0
 
 
 class TailMove(Part, frozen=True):
@@ -234,6 +244,17 @@ class StepShape(Part, frozen=True):
             self.num_copied_tokens,
         )
 
+    def without_decode(self, num_computed_tokens: int) -> StepShape:
+        """The shape without a sequence of so many computed tokens that decodes."""
+        return StepShape(
+            self.num_prefill_tokens,
+            self.num_prefill_sequences,
+            self.num_decode_sequences - 1,
+            self.prefill_attention,
+            self.decode_context_tokens - num_computed_tokens - 1,
+            self.num_copied_tokens,
+        )
+
     def with_copies(self, num_tokens: int) -> StepShape:
         """The shape with `num_tokens` more tokens copied from or to the host pool."""
         return StepShape(
@@ -260,16 +281,25 @@ class Profile(Message, frozen=True, tag="profile"):
     points: Annotated[list[tuple[StepShape, Seconds]], Meta(max_length=4096)]
 
 
-class SequenceResult(Part, frozen=True):
-    """What a step gave one sequence: a token, or a fault, or neither (a chunk that did not end the prompt)."""
+class SampledToken(Part, frozen=True):
+    """A token that was chosen."""
 
-    sequence_id: Counter
-    token_id: TokenId | None = None
+    token_id: TokenId
     #: log-softmax of the processed logits at `token_id`; `None` where that is not finite.
     logprob: Logprob | None = None
-    fault: Reason | None = None
     #: The likeliest tokens in descending order, those without a finite log-probability left out. Empty: not asked for.
     top_tokens: Annotated[list[RankedToken], Meta(max_length=MAX_TOP_TOKENS)] = field(default_factory=list)
+
+
+class SequenceResult(Part, frozen=True):
+    """What a step gave one sequence: tokens, or a fault, or neither (a chunk that did not end the prompt)."""
+
+    sequence_id: Counter
+    #: One, and one more for each guess that was confirmed.
+    tokens: Annotated[list[SampledToken], Meta(max_length=1 + MAX_SPECULATIVE_TOKENS)] = field(default_factory=list)
+    fault: Reason | None = None
+    #: How many tokens were guessed.
+    num_speculative_tokens: Annotated[int, Meta(ge=0, le=MAX_SPECULATIVE_TOKENS)] = 0
 
 
 class PromptLogprobs(Part, frozen=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -24,6 +25,7 @@ class LiveSequence:
     __slots__ = (
         "adapter",
         "block_table",
+        "is_guided",
         "max_total_tokens",
         "num_known_tokens",
         "num_prompt_tokens",
@@ -41,8 +43,37 @@ class LiveSequence:
         self.num_prompt_tokens = len(new.token_ids) - new.num_generated_tokens
         self.num_prompt_top_tokens = new.num_prompt_top_tokens
         self.adapter = new.adapter
+        self.is_guided = new.grammar is not None
         self.row = row
         self.block_table: npt.NDArray[np.int32] = np.empty(0, dtype=np.int32)
+
+
+@dataclass(slots=True)
+class Run:
+    """What a step computes of a sequence: `num_tokens` known tokens, from position `start` on, and then guesses."""
+
+    sequence: LiveSequence
+    start: int
+    num_tokens: int
+    #: Most tokens that may be guessed.
+    max_guesses: int = 0
+    #: What may come after the last known token (`bros_shard.speculation`); they stand in the token pool already.
+    guesses: list[int] = field(default_factory=list)
+
+    @property
+    def stop(self) -> int:
+        """Position after the last token that is known."""
+        return self.start + self.num_tokens
+
+    @property
+    def num_computed(self) -> int:
+        """Tokens of the sequence that are computed after the step, guesses included."""
+        return self.stop + len(self.guesses)
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether the run ends at the last known token: a next one is chosen, and one after each guess."""
+        return self.stop == self.sequence.num_known_tokens
 
 
 class TokenPool:
@@ -82,6 +113,15 @@ class TokenPool:
         """Store tokens at (row, column) pairs."""
         self._tokens[rows, columns] = token_ids.int()
 
+    def write_guesses(self, row: int, start: int, token_ids: list[int]) -> None:
+        """Store tokens from column `start` of a row on."""
+        self._tokens[row, start : start + len(token_ids)] = torch.tensor(token_ids, dtype=torch.int32)
+
+    def history(self, row: int, num_tokens: int) -> npt.NDArray[np.int32]:
+        """The first tokens of a row, on the host; to be read at once, for they may be the pool's own memory."""
+        tokens: npt.NDArray[np.int32] = self._tokens[row, :num_tokens].cpu().numpy()
+        return tokens
+
     def read_rows(self, rows: Tensor, num_columns: int) -> Tensor:
         """The first `num_columns` tokens of each row; int64 (len(rows), num_columns)."""
         return self._tokens[:, :num_columns].index_select(0, rows).long()
@@ -110,11 +150,11 @@ class SequenceTable:
     def __len__(self) -> int:
         return len(self._sequences)
 
-    def apply(self, plan: StepPlan) -> list[LiveSequence]:
+    def apply(self, plan: StepPlan) -> list[Run]:
         """Take up the plan's releases, new sequences and block tables.
 
         Returns:
-            The sequences of `plan.sequences`, in that order.
+            What to compute of `plan.sequences`, in that order.
 
         Raises:
             PlanError: the plan names what does not exist, or twice, or more tokens than are known or have blocks.
@@ -123,10 +163,10 @@ class SequenceTable:
             self._release(sequence_id)
         for new in plan.new_sequences:
             self._add(new)
-        stepping = [self._step(step) for step in plan.sequences]
+        runs = [self._step(step) for step in plan.sequences]
         if len({step.sequence_id for step in plan.sequences}) != len(plan.sequences):
             raise PlanError("a sequence stands twice in a step")
-        return stepping
+        return runs
 
     def _release(self, sequence_id: int) -> None:
         sequence = self._sequences.pop(sequence_id, None)
@@ -152,7 +192,7 @@ class SequenceTable:
         row = self.pool.add(new.token_ids, new.max_total_tokens)
         self._sequences[new.sequence_id] = LiveSequence(new, row)
 
-    def _step(self, step: SequenceStep) -> LiveSequence:
+    def _step(self, step: SequenceStep) -> Run:
         sequence = self._sequences.get(step.sequence_id)
         if sequence is None:
             raise PlanError(f"sequence {step.sequence_id} is not known")
@@ -162,16 +202,37 @@ class SequenceTable:
         if step.entries or step.first_changed_index < len(sequence.block_table):
             kept = sequence.block_table[: step.first_changed_index]
             sequence.block_table = np.concatenate([kept, np.array(step.entries, dtype=np.int32)])
-        num_tokens = step.num_computed_tokens + step.num_tokens
-        if num_tokens > sequence.num_known_tokens:
+        run = self._run(sequence, step)
+        if num_blocks_for(run.stop + run.max_guesses, self._block_size) > len(sequence.block_table):
             raise PlanError(
-                f"sequence {step.sequence_id}: {num_tokens} tokens planned, {sequence.num_known_tokens} known"
+                f"sequence {step.sequence_id}: {run.stop + run.max_guesses} tokens planned beyond its block table"
             )
-        if num_tokens == sequence.max_total_tokens == sequence.num_known_tokens:
-            raise PlanError(f"sequence {step.sequence_id} has all its {num_tokens} tokens already")
-        if num_blocks_for(num_tokens, self._block_size) > len(sequence.block_table):
-            raise PlanError(f"sequence {step.sequence_id}: {num_tokens} tokens planned beyond its block table")
-        return sequence
+        return run
+
+    def _run(self, sequence: LiveSequence, step: SequenceStep) -> Run:
+        """Where the run begins, and how much may be guessed behind it."""
+        start, num_known_tokens = step.num_computed_tokens, sequence.num_known_tokens
+        if step.num_uncertain_tokens:
+            # The last token that a sequence may have is never computed. Where guesses have brought it already, the one
+            # before it is computed once more, for nobody.
+            num_confirmed = min(num_known_tokens, sequence.max_total_tokens - 1) - (start + step.num_tokens)
+            if not 0 <= num_confirmed <= step.num_uncertain_tokens:
+                raise PlanError(
+                    f"sequence {step.sequence_id}: {num_confirmed} tokens confirmed of {step.num_uncertain_tokens}"
+                )
+            start += num_confirmed
+        stop = start + step.num_tokens
+        if stop > num_known_tokens:
+            raise PlanError(f"sequence {step.sequence_id}: {stop} tokens planned, {num_known_tokens} known")
+        if stop == sequence.max_total_tokens:
+            raise PlanError(f"sequence {step.sequence_id} has all its {stop} tokens already")
+        max_guesses = 0
+        if step.max_speculative_tokens:
+            if sequence.is_guided:
+                raise PlanError(f"sequence {step.sequence_id} has a grammar: its tokens are not guessed")
+            if stop == num_known_tokens:
+                max_guesses = min(step.max_speculative_tokens, sequence.max_total_tokens - 1 - stop)
+        return Run(sequence, start, step.num_tokens, max_guesses)
 
     def check_copies(self, moves: Iterable[TailMove], host_copies: Iterable[HostCopy], num_host_blocks: int) -> None:
         """Raises `PlanError` where a copy names a block that does not exist, or more tokens than a block holds."""

@@ -31,10 +31,11 @@ from bros_shard.options import ShardOptions
 from bros_shard.parallel import ParallelGroup
 from bros_shard.profile_cache import ProfileCache, processor_name
 from bros_shard.prompt_logprobs import prompt_logprobs
-from bros_shard.protocol import PromptLogprobs, RankedToken, SequenceResult, StepPlan, StepShape
+from bros_shard.protocol import PromptLogprobs, SampledToken, SequenceResult, StepPlan, StepShape
 from bros_shard.rehearsal import GRID_VERSION, Rehearsal, Scene, largest_scenes, profiled_scenes
 from bros_shard.sampling.sampler import SampledTokens, Sampler
 from bros_shard.sequences import SequenceTable, TokenPool
+from bros_shard.speculation import count_new_tokens, guess
 
 #: Called with (phase, number done, number in total); the phase is "loading" (bytes) or "warming" (steps).
 OnProgress: TypeAlias = Callable[[str, int, int], None]
@@ -222,14 +223,17 @@ class Worker:
             PlanError: the plan contradicts what this rank knows.
             RuntimeError: the device or a peer failed.
         """
-        sequences = self._sequences.apply(plan)
+        runs = self._sequences.apply(plan)
         self._guided.apply(plan)
         self._copy(plan)
-        if not sequences:
+        if not runs:
             return StepOutput()
         started_s = time.monotonic()
-        batch = build_batch(plan.sequences, sequences, self._pool, self.cache.block_size, self._device)
-        masks = self._guided.begin_masks([sequence.sequence_id for sequence in batch.sampled])
+        guess(runs, self._pool)
+        batch = build_batch(runs, self._pool, self.cache.block_size, self._device)
+        masks = self._guided.begin_masks(
+            [run.sequence.sequence_id for run in batch.sampled for _ in range(1 + len(run.guesses))]
+        )
         attention = self._kernels.attention(batch.attention)
         layers = _Layers(self.cache.layers, between_layers)
         with self._routing.routed(batch.adapted_rows):
@@ -269,21 +273,25 @@ class Worker:
             sampled = self._sampler.sample(logits, build_sampling_batch(batch, self._pool))
             token_ids = sampled.token_ids
         else:
-            token_ids = torch.empty(len(batch.sampled), dtype=torch.int64, device=self._device)
+            token_ids = torch.empty(len(batch.sampled_tokens), dtype=torch.int64, device=self._device)
         self._parallel.broadcast(token_ids)
+        # What follows a guess that was wrong is written too, and read by nobody.
         self._pool.write(batch.sampled_rows, batch.sampled_columns, token_ids)
-        for sequence in batch.sampled:
-            sequence.num_known_tokens += 1
+        for run, num_new_tokens in zip(batch.sampled, count_new_tokens(batch.sampled, token_ids), strict=True):
+            run.sequence.num_known_tokens += num_new_tokens
         return sampled
 
     def _results(self, plan: StepPlan, batch: StepBatch, sampled: SampledTokens | None) -> list[SequenceResult]:
         results = {step.sequence_id: SequenceResult(step.sequence_id) for step in plan.sequences}
         if sampled is not None:
-            columns = sampled.token_ids.tolist(), sampled.logprobs.tolist(), sampled.is_valid.tolist()
-            for row, (sequence, token_id, logprob, is_valid) in enumerate(zip(batch.sampled, *columns, strict=True)):
-                top_tokens = sampled.top_tokens.get(row, [])
-                results[sequence.sequence_id] = _result(sequence.sequence_id, token_id, logprob, is_valid, top_tokens)
-                self._guided.advance(sequence.sequence_id, token_id)
+            tokens = iter(_tokens(sampled))
+            for run in batch.sampled:
+                sequence = run.sequence
+                of_run = [next(tokens) for _ in range(1 + len(run.guesses))]
+                result = _result(sequence.sequence_id, of_run[: sequence.num_known_tokens - run.stop], len(run.guesses))
+                for token in result.tokens:
+                    self._guided.advance(sequence.sequence_id, token.token_id)
+                results[sequence.sequence_id] = result
         return list(results.values())
 
     def _install_region(self, num_blocks: int, num_host_blocks: int) -> None:
@@ -373,12 +381,22 @@ def _guided_sequences(options: ShardOptions, vocab_size: int) -> GuidedSequences
     return GuidedSequences(lambda: GrammarCompiler(Path(options.tokenizer_path), vocab_size, eos_token_ids))
 
 
-def _result(
-    sequence_id: int, token_id: int, logprob: float, is_valid: bool, top_tokens: list[RankedToken]
-) -> SequenceResult:
-    if not is_valid:
+def _tokens(sampled: SampledTokens) -> list[SampledToken | None]:
+    """One for each row; `None` where there was none to choose."""
+    columns = sampled.token_ids.tolist(), sampled.logprobs.tolist(), sampled.is_valid.tolist()
+    return [
+        SampledToken(token_id, logprob if math.isfinite(logprob) else None, sampled.top_tokens.get(row, []))
+        if is_valid
+        else None
+        for row, (token_id, logprob, is_valid) in enumerate(zip(*columns, strict=True))
+    ]
+
+
+def _result(sequence_id: int, tokens: list[SampledToken | None], num_guesses: int) -> SequenceResult:
+    chosen = [token for token in tokens if token is not None]
+    if len(chosen) < len(tokens):
         return SequenceResult(sequence_id, fault=NO_TOKEN_FAULT)
-    return SequenceResult(sequence_id, token_id, logprob if math.isfinite(logprob) else None, top_tokens=top_tokens)
+    return SequenceResult(sequence_id, chosen, num_speculative_tokens=num_guesses)
 
 
 def _device(options: ShardOptions) -> torch.device:

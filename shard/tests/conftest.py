@@ -18,7 +18,7 @@ import pytest
 import torch
 import transformers
 
-from bros_shard.block_layout import block_of
+from bros_shard.block_layout import block_of, num_blocks_for
 from bros_shard.options import ShardOptions
 from bros_shard.protocol import (
     HostCopy,
@@ -441,6 +441,7 @@ class _Scripted:
     token_ids: list[int]
     signs: tuple[int, ...]  # of the entries it may be given: 1 forward, -1 reversed
     num_computed: int = 0
+    num_room: int = 0  # tokens that its blocks are for, guesses included
     block_table: list[int] = field(default_factory=list)
     num_unchanged: int = 0  # entries that the rank has already
     host_blocks: list[int] = field(default_factory=list)  # where its blocks lie while it is swapped out
@@ -451,11 +452,19 @@ class _Scripted:
 
 
 class ScriptedRouter:
-    """Plans steps for one worker: who runs, in which blocks and directions. Fills blocks that it frees with NaN."""
+    """Plans steps for one worker: who runs, in which blocks and directions. Fills blocks that it frees with NaN.
 
-    def __init__(self, worker: Worker, chunk_size: int = MAX_LENGTH, shares_tails: bool = False) -> None:
+    Where the worker may guess, it is told of fewer tokens than it has computed, as if their step were in flight.
+    """
+
+    def __init__(
+        self, worker: Worker, chunk_size: int = MAX_LENGTH, shares_tails: bool = False, most_guesses: int = 0
+    ) -> None:
         self.plans: list[StepPlan] = []
         self.num_moves = 0
+        #: Guesses that the worker made, and those of them that were right.
+        self.num_guesses = self.num_confirmed = 0
+        self._most_guesses = most_guesses
         self._worker = worker
         self._chunk_size = chunk_size
         self._shares_tails = shares_tails
@@ -511,9 +520,12 @@ class ScriptedRouter:
         planned = {i: sequence.num_computed for i, sequence in self._sequences.items()}
         for i, sequence in running.items():
             planned[i] += min(self._chunk_size, len(sequence.token_ids) - sequence.num_computed)
-        moves = self._make_room_in_shared_blocks(planned)
+            num_guesses = self._num_allowed(sequence, planned[i])
+            sequence.num_room = max(sequence.num_room, planned[i] + num_guesses)
+        room = {i: sequence.num_room for i, sequence in self._sequences.items()}
+        moves = self._make_room_in_shared_blocks(room)
         for i in running:
-            self._grow(i, planned)
+            self._grow(i, room)
         results = self._execute(
             new_sequences=[sequence.new for i, sequence in running.items() if i not in self._known],
             tail_moves=moves,
@@ -523,10 +535,11 @@ class ScriptedRouter:
         self._known.update(running)
         for result in results:
             sequence = running[result.sequence_id]
-            sequence.num_computed = planned[result.sequence_id]
+            sequence.num_computed = planned[result.sequence_id] + max(0, len(result.tokens) - 1)
             assert result.fault is None, f"sequence {result.sequence_id} read a slot that nobody wrote"
-            if result.token_id is not None:
-                sequence.token_ids.append(result.token_id)
+            sequence.token_ids += [token.token_id for token in result.tokens]
+            self.num_guesses += result.num_speculative_tokens
+            self.num_confirmed += max(0, len(result.tokens) - 1)
         for i, sequence in running.items():
             if sequence.is_finished:
                 self._free_blocks(i)
@@ -535,7 +548,8 @@ class ScriptedRouter:
         """Take a sequence's blocks. It comes back by recomputing them, or from copies in the host pool."""
         sequence = self._sequences[sequence_id]
         if to_host:
-            sequence.host_blocks = [self._free_host.pop() for _ in sequence.block_table]
+            num_blocks = num_blocks_for(sequence.num_computed, self._block_size)
+            sequence.host_blocks = [self._free_host.pop() for _ in range(num_blocks)]
             self._execute(copies_out=self._host_copies(sequence))
         else:
             sequence.num_computed = 0
@@ -563,23 +577,36 @@ class ScriptedRouter:
         sequence = self._sequences[i]
         self._known.add(i)
         planned = {i: len(sequence.token_ids)}
+        sequence.num_room = planned[i]
         self._grow(i, planned)
         (result,) = self._execute(
             new_sequences=[sequence.new], sequences=[self._sequence_step(i, planned[i])], is_interruption=True
         )
         sequence.num_computed = planned[i]
-        sequence.token_ids.append(result.token_id)
+        sequence.token_ids += [token.token_id for token in result.tokens]
         return 0.25
+
+    def _num_allowed(self, sequence: _Scripted, num_planned: int) -> int:
+        """Guesses behind a run up to the last token that is known."""
+        if num_planned < len(sequence.token_ids):
+            return 0
+        return min(self._most_guesses, sequence.new.max_total_tokens - 1 - num_planned)
 
     def _sequence_step(self, sequence_id: int, num_planned: int) -> SequenceStep:
         sequence = self._sequences[sequence_id]
         first_changed, sequence.num_unchanged = sequence.num_unchanged, len(sequence.block_table)
+        num_tokens = num_planned - sequence.num_computed
+        num_uncertain = 0
+        if self._most_guesses and num_tokens == 1 and num_planned == len(sequence.token_ids):
+            num_uncertain = self._random.randrange(1 + min(3, sequence.num_computed))
         return SequenceStep(
             sequence_id,
-            sequence.num_computed,
-            num_planned - sequence.num_computed,
+            sequence.num_computed - num_uncertain,
+            num_tokens,
             first_changed,
             sequence.block_table[first_changed:],
+            self._num_allowed(sequence, num_planned),
+            num_uncertain,
         )
 
     def _grow(self, sequence_id: int, planned: dict[int, int]) -> None:
@@ -621,11 +648,12 @@ class ScriptedRouter:
             reversed_id = next(i for i in owners if self._sequences[i].block_table[-1] == ~block)
             sequence = self._sequences[reversed_id]
             num_tokens = sequence.num_computed - (len(sequence.block_table) - 1) * self._block_size
-            sequence.block_table.pop()
+            sequence.block_table.pop()  # which may be there for guesses alone
             owners.remove(reversed_id)
             self._append(reversed_id, self._fresh_entry(sequence))
             sequence.num_unchanged = len(sequence.block_table) - 1
-            moves.append(TailMove(~block, sequence.block_table[-1], num_tokens))
+            if num_tokens > 0:
+                moves.append(TailMove(~block, sequence.block_table[-1], num_tokens))
         self.num_moves += len(moves)
         return moves
 
@@ -654,7 +682,7 @@ class ScriptedRouter:
                 self._free.append(block_of(entry))
                 self._worker.cache.region[:, :, block_of(entry)] = float("nan")
         sequence.block_table = []
-        sequence.num_unchanged = 0
+        sequence.num_unchanged = sequence.num_room = 0
 
 
 @pytest.fixture(scope="session")

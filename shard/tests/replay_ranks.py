@@ -69,8 +69,8 @@ def _replay(options: ShardOptions, frames: list[str]) -> dict[int, list[int]] | 
         plan = decode_from_router(bytes.fromhex(frame))
         assert isinstance(plan, StepPlan)
         for result in worker.execute(plan).sequences:
-            if result.token_id is not None:
-                outputs.setdefault(result.sequence_id, []).append(result.token_id)
+            if result.tokens:
+                outputs.setdefault(result.sequence_id, []).extend(token.token_id for token in result.tokens)
     if options.rank == 0:
         return outputs
     assert outputs == {}, "only rank 0 answers"

@@ -24,6 +24,7 @@ from bros_shard.protocol import (
     Profile,
     Progress,
     PromptLogprobs,
+    SampledToken,
     SamplingParams,
     SequenceResult,
     SequenceStep,
@@ -42,7 +43,10 @@ HELLO = Hello(3, 1, 0, 2, "demo", "abc", "bfloat16", "cpu", 4096, 2048, 100, 64,
 RESULT = StepResult(
     3,
     9,
-    [SequenceResult(1, 17, -0.25, top_tokens=[(17, -0.25), (4, -3.0)]), SequenceResult(2, fault="nan")],
+    [
+        SequenceResult(1, [SampledToken(17, -0.25, [(17, -0.25), (4, -3.0)]), SampledToken(4)], None, 3),
+        SequenceResult(2, fault="nan"),
+    ],
     0.01,
     0.002,
     0.013,
@@ -56,7 +60,7 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
         StepPlan(
             3,
             9,
-            [SequenceStep(1, 64, 1, 1, [-3])],
+            [SequenceStep(1, 64, 1, 1, [-3], 3, 5)],
             [
                 NewSequence(2, [5, 6], 40, SamplingParams(True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 2**64 - 1)),
                 NewSequence(
@@ -82,7 +86,7 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
             "plan",
             3,
             9,
-            [[1, 64, 1, 1, [-3]]],
+            [[1, 64, 1, 1, [-3], 3, 5]],
             [
                 [2, [5, 6], 40, [True, 0.7, 50, 0.9, 1.0, 1.1, 0.5, 2**64 - 1, None, 0.0, [], 0], 0, None, None, None],
                 [
@@ -115,7 +119,7 @@ MESSAGES: list[tuple[FromRouter | FromRank, list]] = [
             "result",
             3,
             9,
-            [[1, 17, -0.25, None, [[17, -0.25], [4, -3.0]]], [2, None, None, "nan", []]],
+            [[1, [[17, -0.25, [[17, -0.25], [4, -3.0]]], [4, None, []]], None, 3], [2, [], "nan", 0]],
             0.01,
             0.002,
             0.013,
@@ -171,6 +175,7 @@ def test_messages_of_the_other_direction_are_refused():
         StepPlan(0, -1),
         StepPlan(0, 0, [SequenceStep(0, 0, 0, 0, [])]),
         StepPlan(0, 0, [SequenceStep(0, 0, 1, 0, [2**31])]),
+        StepPlan(0, 0, [SequenceStep(0, 0, 1, 0, [], 17)]),
         StepPlan(0, 0, [], [NewSequence(0, [], 1, SamplingParams())]),
         StepPlan(0, 0, [], [NewSequence(0, [-1], 1, SamplingParams())]),
         *(
@@ -194,10 +199,12 @@ def test_value_out_of_bounds_from_the_router_is_refused(message):
 @pytest.mark.parametrize(
     "message",
     [
-        StepResult(0, 0, [SequenceResult(0, 2**31)], 0.0, 0.0, 0.0, 0.0),
-        StepResult(0, 0, [SequenceResult(0, 1, math.nan)], 0.0, 0.0, 0.0, 0.0),
-        StepResult(0, 0, [SequenceResult(0, 1, -1.0, top_tokens=[(1, -math.inf)])], 0.0, 0.0, 0.0, 0.0),
-        StepResult(0, 0, [SequenceResult(0, 1, -1.0, top_tokens=[(1, -1.0)] * 129)], 0.0, 0.0, 0.0, 0.0),
+        StepResult(0, 0, [SequenceResult(0, [SampledToken(2**31)])], 0.0, 0.0, 0.0, 0.0),
+        StepResult(0, 0, [SequenceResult(0, [SampledToken(1, math.nan)])], 0.0, 0.0, 0.0, 0.0),
+        StepResult(0, 0, [SequenceResult(0, [SampledToken(1, -1.0, [(1, -math.inf)])])], 0.0, 0.0, 0.0, 0.0),
+        StepResult(0, 0, [SequenceResult(0, [SampledToken(1, -1.0, [(1, -1.0)] * 129)])], 0.0, 0.0, 0.0, 0.0),
+        StepResult(0, 0, [SequenceResult(0, [SampledToken(1)] * 18)], 0.0, 0.0, 0.0, 0.0),
+        StepResult(0, 0, [SequenceResult(0, num_speculative_tokens=17)], 0.0, 0.0, 0.0, 0.0),
         StepResult(0, 0, [], 0.0, 0.0, 0.0, 0.0, [PromptLogprobs(0, 0, [-1.0])]),
         StepResult(0, 0, [], math.inf, 0.0, 0.0, 0.0),
         StepResult(0, 0, [], 0.0, 0.0, -1.0, 0.0),

@@ -23,8 +23,8 @@ def make_table() -> SequenceTable:
     """A table that knows sequence 0: 20 tokens of at most 40, in blocks 3 and (reversed) 5."""
     table = SequenceTable(TokenPool(CPU), vocab_size=100, max_length=64, num_blocks=8, block_size=16, num_adapters=2)
     steps = [SequenceStep(0, 0, 20, 0, [3, ~5])]
-    (sequence,) = table.apply(StepPlan(0, 0, new_sequences=[new(0)], sequences=steps))
-    assert sequence.block_table.tolist() == [3, ~5]
+    (run,) = table.apply(StepPlan(0, 0, new_sequences=[new(0)], sequences=steps))
+    assert run.sequence.block_table.tolist() == [3, ~5]
     return table
 
 
@@ -54,6 +54,15 @@ def make_table() -> SequenceTable:
         ({"sequences": [SequenceStep(0, 0, 1, 2, [~8])]}, "block 8 of 8"),
         ({"sequences": [SequenceStep(0, 19, 2, 2, [])]}, "sequence 0: 21 tokens planned, 20 known"),
         ({"sequences": [SequenceStep(0, 0, 20, 1, [])]}, "20 tokens planned beyond its block table"),
+        ({"sequences": [SequenceStep(0, 19, 1, 2, [], 13)]}, "33 tokens planned beyond its block table"),
+        ({"sequences": [SequenceStep(0, 17, 1, 2, [], 0, 1)]}, "sequence 0: 2 tokens confirmed of 1"),
+        (
+            {
+                "new_sequences": [NewSequence(1, [1], 9, SamplingParams(), grammar="{}")],
+                "sequences": [SequenceStep(1, 0, 1, 0, [1], 2)],
+            },
+            "sequence 1 has a grammar: its tokens are not guessed",
+        ),
         (
             {
                 "new_sequences": [new(1, 20, 20)],
@@ -66,6 +75,24 @@ def make_table() -> SequenceTable:
 def test_contradictions_are_refused(plan: dict, message: str) -> None:  # type: ignore[type-arg]
     with pytest.raises(PlanError, match=re.escape(message)):
         make_table().apply(StepPlan(0, 1, **plan))
+
+
+def test_a_run_begins_behind_the_guesses_that_were_right() -> None:
+    table = make_table()  # 20 tokens are known, of at most 40
+
+    def start(step: SequenceStep) -> tuple[int, int]:
+        (run,) = table.apply(StepPlan(0, 1, sequences=[step]))
+        assert run.num_tokens == 1
+        return run.start, run.max_guesses
+
+    assert start(SequenceStep(0, 19, 1, 2, [], 4, 0)) == (19, 4)
+    assert start(SequenceStep(0, 17, 1, 2, [], 4, 2)) == (19, 4)
+    assert start(SequenceStep(0, 19, 1, 2, [], 4, 2)) == (19, 4)
+    run = table.apply(StepPlan(0, 1, sequences=[SequenceStep(0, 19, 1, 2, [6])]))[0]
+    run.sequence.num_known_tokens = 38
+    assert start(SequenceStep(0, 36, 1, 3, [], 4, 3)) == (37, 1)  # the last token of all is never computed
+    run.sequence.num_known_tokens = 40
+    assert start(SequenceStep(0, 36, 1, 3, [], 4, 3)) == (38, 0)  # all are known: for nobody
 
 
 @pytest.mark.parametrize(
@@ -91,7 +118,7 @@ def test_block_tables_travel_as_differences() -> None:
 
     def apply(first_changed: int, entries: list[int]) -> list[int]:
         step = SequenceStep(0, 0, 1, first_changed, entries)
-        return table.apply(StepPlan(0, 1, sequences=[step]))[0].block_table.tolist()
+        return table.apply(StepPlan(0, 1, sequences=[step]))[0].sequence.block_table.tolist()
 
     assert apply(2, []) == [3, ~5]
     assert apply(1, [6]) == [3, 6]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -18,10 +19,12 @@ from bros_router.scheduling.deadlines import first_token_deadline_s
 from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.policy import Policy
 from bros_router.scheduling.sequence import Sequence, SequenceState
-from bros_router.scheduling.step_draft import SchedulerLimits, StepDraft
+from bros_router.scheduling.speculation import Speculation
+from bros_router.scheduling.step_draft import Guesses, SchedulerLimits, StepDraft
 from bros_shard.protocol import (
     NewSequence,
     RankedToken,
+    SampledToken,
     SequenceResult,
     SequenceStep,
     StepPlan,
@@ -57,6 +60,7 @@ class StepInFlight:
     """A step that was planned and not committed yet."""
 
     step_id: int
+    #: With the guesses that are expected.
     shape: StepShape
     #: When it started, or will.
     start_s: float
@@ -73,6 +77,16 @@ class StepInFlight:
     sampled: list[Sequence]
     #: When those of them that get their first token want it.
     first_due_s: list[float]
+    #: As in `StepDraft`.
+    shape_without_guesses: StepShape
+    guesses: dict[int, Guesses]
+
+    def shape_with(self, num_guesses: dict[int, int]) -> StepShape:
+        """What it turned out to be, given how many tokens were guessed for which sequence."""
+        shape = self.shape_without_guesses
+        for sequence_id, guesses in self.guesses.items():
+            shape = shape.with_sequence(guesses.num_computed_tokens, 1 + num_guesses.get(sequence_id, 0))
+        return shape
 
     def spare_s(self, end_s: float, bound_s: float) -> float:
         """How much later than `bound_s` it may end, but for first tokens that are late if it ends at `end_s`."""
@@ -94,9 +108,12 @@ class Scheduler:
         limits: SchedulerLimits,
         generation: int = 0,
         hasher: BlockHasher | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
-        """`hasher`: full blocks are found again by what they hold; without it, nothing is shared."""
+        """`hasher`: full blocks are found again by what they hold; without it, nothing is shared. `speculation`: lets
+        the ranks guess; without it, every token is computed from the one before."""
         self._hasher = hasher
+        self._speculation = speculation
         self._policy = policy
         self._kv = kv
         self._latency_model = latency_model
@@ -161,16 +178,26 @@ class Scheduler:
         self._num_alive[sequence.request_class] += 1
         self._policy.add(sequence)
 
-    def finish(self, sequence: Sequence, *, is_complete: bool = False, is_sound: bool = True) -> None:
+    def finish(
+        self,
+        sequence: Sequence,
+        *,
+        num_output_tokens: int | None = None,
+        is_complete: bool = False,
+        is_sound: bool = True,
+    ) -> None:
         """The one exit of a sequence, whatever the reason. Its blocks are free for the next plan.
 
         A step in flight may still write to those blocks: the ranks run plans in order, so whoever gets them in
         a later plan writes after it. A second call does nothing.
 
         Args:
+            num_output_tokens: only so many of its tokens were wanted; a step that guesses may bring more.
             is_complete: it has got its last token, so what the policy learns from it is true.
             is_sound: what was computed for it may be read by others.
         """
+        if num_output_tokens is not None:
+            del sequence.output_token_ids[num_output_tokens:]
         if sequence.state is SequenceState.FINISHED:
             return
         if is_complete:
@@ -195,6 +222,8 @@ class Scheduler:
         self._policy.compose(draft)
         draft.detach_unused()
         self._relegated += draft.relegated
+        if self._speculation is not None:
+            self._speculation.extend(draft)
         copies = self._kv.take_copies()
         has_copies = copies.out or copies.tail_moves or copies.in_
         if not (draft.chunks or draft.victims or self._releases or has_copies):
@@ -285,15 +314,45 @@ class Scheduler:
             StepMismatchError: the result is of another step. Nothing has changed.
         """
         step = self._take_step(result, now_s)
-        if step.sampled or step.shape.num_prefill_tokens:
-            self._latency_model.observe(step.shape, result.step_s)
         results = {part.sequence_id: part for part in result.sequences}
-        outcomes = []
+        if step.sampled or step.shape.num_prefill_tokens:
+            num_guesses = {sequence_id: part.num_speculative_tokens for sequence_id, part in results.items()}
+            shape = step.shape_with(num_guesses) if step.guesses else step.shape
+            self._latency_model.observe(shape, result.step_s)
+        outcomes: list[Outcome] = []
         for sequence in step.sampled:
-            sequence.num_in_flight_tokens -= 1
-            if sequence.state is not SequenceState.FINISHED:
-                outcomes.append(self._commit_token(sequence, results.get(sequence.sequence_id), now_s))
+            outcomes += self._commit(sequence, results.get(sequence.sequence_id), step, now_s)
         return outcomes
+
+    def _commit(
+        self, sequence: Sequence, result: SequenceResult | None, step: StepInFlight, now_s: float
+    ) -> Iterator[Outcome]:
+        """What a step gave one of its sequences; nothing where that has ended."""
+        sequence.num_in_flight_tokens -= 1
+        guesses = step.guesses.get(sequence.sequence_id)
+        num_allowed = guesses.num_allowed if guesses else 0
+        sequence.num_uncertain_tokens -= num_allowed
+        is_stalled = sequence.is_stalled
+        if sequence.num_in_flight_tokens == 0:
+            sequence.is_stalled = False
+        if sequence.state is SequenceState.FINISHED:
+            return
+        if result is None or not 1 <= len(result.tokens) <= 1 + num_allowed:
+            self.finish(sequence, is_sound=False)
+            fault = result.fault if result else None
+            yield Outcome(sequence, fault=fault or "the step gave no token, or too many")
+            return
+        num_confirmed = len(result.tokens) - 1
+        if num_allowed:
+            sequence.guesses.note(result.num_speculative_tokens, num_confirmed)
+        elif self._speculation is not None:
+            sequence.guesses.pass_by()
+        if not is_stalled:
+            sequence.num_computed_tokens += num_confirmed
+        for token in result.tokens:
+            yield (outcome := self._commit_token(sequence, token, now_s))
+            if outcome.finish_reason is not None:
+                return
 
     def _take_step(self, result: StepResult, now_s: float) -> StepInFlight:
         """The step that the result is of. What the ranks run from now on has its start corrected."""
@@ -333,7 +392,8 @@ class Scheduler:
         self._kv.forget_cached()
         for sequence in self._policy.waiting():
             sequence.num_cached_tokens = 0
-            sequence.num_in_flight_tokens = 0
+            sequence.num_in_flight_tokens = sequence.num_uncertain_tokens = 0
+            sequence.is_stalled = False
             sequence.is_on_ranks = False
 
     def _emit(
@@ -349,9 +409,20 @@ class Scheduler:
                 new_sequences.append(self._introduce(sequence, draft.now_s))
             num_computed_tokens = sequence.num_computed_tokens
             first_changed_index, entries = self._kv.take_changes(sequence.sequence_id)
+            guesses = draft.guesses.get(sequence.sequence_id)
+            num_guesses = guesses.num_allowed if guesses else 0
             steps.append(
-                SequenceStep(sequence.sequence_id, num_computed_tokens, num_tokens, first_changed_index, entries)
+                SequenceStep(
+                    sequence.sequence_id,
+                    num_computed_tokens,
+                    num_tokens,
+                    first_changed_index,
+                    entries,
+                    num_guesses,
+                    sequence.num_uncertain_tokens,
+                )
             )
+            sequence.num_uncertain_tokens += num_guesses
             if num_tokens == 1 and sequence.request_class is RequestClass.RT:
                 num_rt_decodes += 1
                 num_rt_context_tokens += num_computed_tokens + 1
@@ -394,6 +465,8 @@ class Scheduler:
             draft.victims,
             sampled,
             first_due_s,
+            draft.shape_without_guesses,
+            draft.guesses,
         )
         self._next_step_id += 1
         return plan, step
@@ -424,12 +497,8 @@ class Scheduler:
             sequence.adapter,
         )
 
-    def _commit_token(self, sequence: Sequence, result: SequenceResult | None, now_s: float) -> Outcome:
-        if result is None or result.token_id is None:
-            self.finish(sequence, is_sound=False)
-            fault = result.fault if result else None
-            return Outcome(sequence, fault=fault or "the step gave no token")
-        sequence.output_token_ids.append(result.token_id)
+    def _commit_token(self, sequence: Sequence, token: SampledToken, now_s: float) -> Outcome:
+        sequence.output_token_ids.append(token.token_id)
         sequence.last_token_s = now_s
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
@@ -447,11 +516,11 @@ class Scheduler:
         finish_reason = None
         if len(sequence.output_token_ids) == sequence.max_new_tokens:
             finish_reason = FinishReason.LENGTH  # before EOS: TGI's precedence
-        elif result.token_id in sequence.eos_token_ids:
+        elif token.token_id in sequence.eos_token_ids:
             finish_reason = FinishReason.EOS_TOKEN
         if finish_reason is not None:
             self.finish(sequence, is_complete=True)
-        return Outcome(sequence, result.token_id, result.logprob, finish_reason, top_tokens=result.top_tokens)
+        return Outcome(sequence, token.token_id, token.logprob, finish_reason, top_tokens=token.top_tokens)
 
 
 def _variant(adapter: int | None) -> ModelVariant:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from bros_router.request import LatencyTargets, RequestClass
+from bros_router.scheduling.speculation import GuessRecord
 from bros_shard.protocol import SamplingParams
 
 
@@ -29,7 +30,8 @@ class Sequence:
         | prompt ......... | output ...... | in flight |      in flight: sampled by a step not committed yet
         |<--- num_computed_tokens --->|<-- pending --->|
 
-    `num_computed_tokens` runs ahead of the ranks: it counts what every step planned so far will have computed.
+    `num_computed_tokens` runs ahead of the ranks: it counts what every step planned so far will have computed. Where
+    the ranks guess tokens, it is the least that they will have: as if all guesses in flight were wrong.
     """
 
     sequence_id: int
@@ -51,6 +53,13 @@ class Sequence:
     output_token_ids: list[int] = field(default_factory=list)
     num_computed_tokens: int = 0
     num_in_flight_tokens: int = 0
+    #: Guesses in flight: so many tokens more than they count for may turn out to be known, and computed.
+    num_uncertain_tokens: int = 0
+    #: It lost memory while guesses were in flight, so those that are right are lost with it. It waits until they are
+    #: known, and computes them anew.
+    is_stalled: bool = False
+    #: What guesses were worth so far.
+    guesses: GuessRecord = field(default_factory=GuessRecord)
     #: Time the first step with this sequence was planned; `None` until then.
     first_scheduled_s: float | None = None
     #: Times at which the first and the latest token were committed; `None` before.
@@ -103,7 +112,18 @@ class Sequence:
         anew would be for nothing.
         """
         num_pending_tokens = self.num_pending_tokens
-        return num_pending_tokens == 1 or (num_pending_tokens > 1 and self.num_in_flight_tokens == 0)
+        return not self.is_stalled and (
+            num_pending_tokens == 1 or (num_pending_tokens > 1 and self.num_in_flight_tokens == 0)
+        )
+
+    def num_stored_tokens(self, num_tokens: int) -> int:
+        """Most tokens it will have keys and values of once `num_tokens` more are computed."""
+        return min(self.num_computed_tokens + self.num_uncertain_tokens + num_tokens, self.max_total_tokens - 1)
+
+    def note_lost_memory(self) -> None:
+        """Some of its blocks were taken."""
+        if self.num_uncertain_tokens:
+            self.is_stalled = True
 
     def start_over(self) -> None:
         """Its KV is gone: it waits, to be computed anew from its first token."""

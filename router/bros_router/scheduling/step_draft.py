@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from bros_router.kv.kv_manager import KVManager, Preemption
 from bros_router.request import RequestClass
@@ -33,6 +33,15 @@ _NEGLIGIBLE: Final = 1.05
 
 #: A sequence and how many of its pending tokens the step computes.
 Chunk: TypeAlias = tuple[Sequence, int]
+
+
+class Guesses(NamedTuple):
+    """What the ranks may guess in a step behind the token that it decodes of a sequence."""
+
+    #: Of that sequence, before the step.
+    num_computed_tokens: int
+    num_allowed: int
+    num_expected: int
 
 
 class StepDraft:
@@ -67,6 +76,10 @@ class StepDraft:
         #: Who gave up memory for this step, and its class.
         self.victims: dict[int, RequestClass] = {}
         self.relegated: list[Sequence] = []
+        #: When the step must have ended for those in it, as far as the policy knows.
+        self.latest_end_s = math.inf
+        #: By id of their sequences.
+        self.guesses: dict[int, Guesses] = {}
         #: Who reads blocks of the cache since it is considered for this step, and how many blocks it had before.
         self._attached: tuple[Sequence, int] | None = None
         self._running = running
@@ -93,7 +106,15 @@ class StepDraft:
 
     @property
     def shape(self) -> StepShape:
-        """What the time of the step, as far as it is composed, depends on."""
+        """What the time of the step, as far as it is composed, depends on; with the guesses that are expected."""
+        shape = self.shape_without_guesses
+        for guesses in self.guesses.values():
+            shape = shape.with_sequence(guesses.num_computed_tokens, 1 + guesses.num_expected)
+        return shape
+
+    @property
+    def shape_without_guesses(self) -> StepShape:
+        """The same, but for the sequences that the ranks may guess for."""
         return StepShape(
             self._num_prefill_tokens,
             self._num_prefill_sequences,
@@ -118,9 +139,7 @@ class StepDraft:
 
     def shortfall(self, sequence: Sequence, num_tokens: int) -> int:
         """KV blocks that are missing before `num_tokens` more tokens of the sequence can be computed."""
-        return self.kv.shortfall(
-            sequence.sequence_id, sequence.request_class, sequence.num_computed_tokens + num_tokens
-        )
+        return self.kv.shortfall(sequence.sequence_id, sequence.request_class, sequence.num_stored_tokens(num_tokens))
 
     def largest_chunk(self, sequence: Sequence, end_s: float) -> int:
         """The most pending tokens of the sequence that the token budget and a step ending by `end_s` leave room for."""
@@ -173,7 +192,7 @@ class StepDraft:
         """
         assert sequence.sequence_id not in self._members and sequence.sequence_id not in self.victims
         num_computed_tokens = sequence.num_computed_tokens
-        num_stored_tokens = num_computed_tokens + max(num_tokens, num_reserved_tokens)
+        num_stored_tokens = sequence.num_stored_tokens(max(num_tokens, num_reserved_tokens))
         self.kv.grow(sequence.sequence_id, sequence.request_class, num_stored_tokens)
         if sequence.state is SequenceState.WAITING:
             sequence.state = SequenceState.RUNNING
@@ -192,12 +211,31 @@ class StepDraft:
             self._num_prefill_tokens += num_tokens
             self._prefill_attention += num_tokens * (num_computed_tokens + num_tokens / 2)
 
+    def most_guesses(self, sequence: Sequence, limit: int) -> int:
+        """How many guesses, `limit` at most, there is room for behind a sequence that decodes in this step."""
+        num_stored_tokens = sequence.num_stored_tokens(1)
+        most = min(limit, self.num_tokens_left, sequence.max_total_tokens - 1 - num_stored_tokens)
+        if most > 0 and self.shortfall(sequence, 1 + most):
+            most = min(most, -num_stored_tokens % self.kv.block_size)  # as far as its last block goes
+        return most if most > 0 and not self.shortfall(sequence, 1 + most) else 0
+
+    def speculate(self, sequence: Sequence, num_guesses: int) -> None:
+        """Let the ranks guess so many tokens, at most `most_guesses`, for a sequence that decodes in this step."""
+        num_computed_tokens = sequence.num_computed_tokens
+        self.kv.grow(sequence.sequence_id, sequence.request_class, sequence.num_stored_tokens(1 + num_guesses))
+        self._num_decode_sequences -= 1
+        self._decode_context_tokens -= num_computed_tokens + 1
+        num_expected = sequence.guesses.num_expected(num_guesses)
+        self.guesses[sequence.sequence_id] = Guesses(num_computed_tokens, num_guesses, num_expected)
+        self.num_tokens_left -= num_guesses
+
     def preempt(self, victim: Sequence) -> None:
         """Take all memory of a running sequence; it waits again, to be computed anew from its first token."""
         assert not self.holds(victim)
         self.victims[victim.sequence_id] = victim.request_class
         del self._running[victim.sequence_id]
         self.kv.release(victim.sequence_id)
+        victim.note_lost_memory()
         victim.start_over()
         self._on_preempted(victim)
 
@@ -273,6 +311,7 @@ class StepDraft:
         )
         if is_saved:
             self._num_copied_tokens += num_copied
+        victim.note_lost_memory()
         self.victims[victim.sequence_id] = victim.request_class
 
     def restore(self, sequence: Sequence, num_tokens: int) -> None:

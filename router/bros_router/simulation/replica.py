@@ -20,10 +20,10 @@ from bros_router.scheduling.sequence import Sequence
 from bros_router.simulation.hardware import Hardware
 from bros_router.simulation.record import Ending, RequestRecord
 from bros_router.simulation.step_log import StepLog
-from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult
+from bros_shard.protocol import SampledToken, SamplingParams, SequenceResult, StepPlan, StepResult
 
 #: Every token of every sequence. Which one does not matter: nobody stops early.
-_TOKEN_ID: Final = 1
+_TOKEN: Final = SampledToken(1)
 _SAMPLING: Final = SamplingParams()
 
 
@@ -131,7 +131,7 @@ class Replica:
             is_late=terms.is_degraded,
         )
         self._open[sequence_id] = (sequence, record)
-        self._results[sequence_id] = SequenceResult(sequence_id, _TOKEN_ID)
+        self._results[sequence_id] = SequenceResult(sequence_id, [_TOKEN])
         self.num_requests += 1
         self.num_tokens += num_tokens
         self.num_rt_prompt_tokens += sequence.num_prompt_tokens if record.is_rt else 0

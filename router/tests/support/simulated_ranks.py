@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-import itertools
+from dataclasses import dataclass
 
 from bros_router.request import FinishReason, LatencyTargets, RequestClass
 from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.sequence import Sequence
 from bros_shard.block_layout import slot_of, slots_of
-from bros_shard.protocol import SamplingParams, SequenceResult, StepPlan, StepResult, StepShape, shape_of
+from bros_shard.protocol import (
+    SampledToken,
+    SamplingParams,
+    SequenceResult,
+    SequenceStep,
+    StepPlan,
+    StepResult,
+    StepShape,
+    shape_of,
+)
 
 VOCAB_SIZE = 50
 
@@ -49,6 +58,21 @@ def sampled_token(seed: int, position: int) -> int:
     return (seed * 7919 + position * 104729) % VOCAB_SIZE
 
 
+def guessed_token(seed: int, position: int) -> int:
+    """What the simulated ranks guess: right three times out of four."""
+    return (sampled_token(seed, position) + (position % 4 == 3)) % VOCAB_SIZE
+
+
+@dataclass(frozen=True)
+class Run:
+    """The positions of a sequence that a step computes, and the tokens guessed behind them."""
+
+    sequence_id: int
+    start: int
+    stop: int
+    guesses: list[int]
+
+
 class SimulatedRanks:
     """Executes plans on a KV region and a host pool whose slots remember what they hold: which token of which sequence,
     or, where sequences may read each other's blocks, after which others of whatever sequence with that adapter."""
@@ -81,6 +105,8 @@ class SimulatedRanks:
         self.host: dict[tuple[int, int], int | None] = {}
         #: (sequence, position) computed more than once.
         self.num_recomputed_tokens = 0
+        #: By step.
+        self._runs: dict[int, list[Run]] = {}
         self._computed: set[tuple[int, int]] = set()
 
     def execute(self, plan: StepPlan) -> StepResult:
@@ -107,7 +133,8 @@ class SimulatedRanks:
             self.tables[new.sequence_id] = []
         self._copy(plan)
         assert len({step.sequence_id for step in plan.sequences}) == len(plan.sequences)
-        results = [self._run(step) for step in plan.sequences]
+        runs = self._runs[plan.step_id] = [self._resolve(step) for step in plan.sequences]
+        results = [self._run(run) for run in runs]
         seconds = self.model.predict_s(shape_of(plan))
         return StepResult(self.generation, plan.step_id, results, 0.0, 0.0, seconds, 0.0)
 
@@ -119,19 +146,17 @@ class SimulatedRanks:
         assert plan.step_id >= self.next_step_id and plan.step_id not in self._run_ahead
         self._run_ahead.add(plan.step_id)
         result = self._execute(plan)
-        used = {slot for step in plan.sequences for slot in self._slots_of(step)}
-        for step in itertools.chain.from_iterable(other.sequences for other in running):
-            assert used.isdisjoint(self._slots_of(step)[step.num_computed_tokens :]), (
-                "it reads what is not computed yet"
-            )
-            self._compute(step)
+        used = {slot for run in self._runs[plan.step_id] for slot in self._slots_of(run)}
+        for run in (run for other in running for run in self._runs[other.step_id]):
+            assert used.isdisjoint(self._slots_of(run)[run.start :]), "it reads what is not computed yet"
+            self._compute(run)
         return result
 
     def _append(self, sequence_id: int, token_id: int) -> None:
         self.tokens[sequence_id].append(token_id)
         contents = self.contents[sequence_id]
         root = hash(self.adapters[sequence_id]) if self.is_shared else sequence_id
-        contents.append(hash((contents[-1] if contents else root, token_id)))
+        contents.append(_content(contents[-1] if contents else root, token_id))
 
     def _slots(self, entry: int, num_tokens: int) -> list[int]:
         assert 1 <= num_tokens <= self.block_size
@@ -157,33 +182,56 @@ class SimulatedRanks:
                 written.add(slot)
                 self.slots[slot] = self.host[copy.host_block, offset]
 
-    def _run(self, step) -> SequenceResult:
+    def _resolve(self, step: SequenceStep) -> Run:
+        """Where the run begins, for the router did not know whether all guesses in flight were wrong."""
         sequence_id, table = step.sequence_id, self.tables[step.sequence_id]
         assert step.first_changed_index <= len(table)
         table[step.first_changed_index :] = step.entries
-        tokens = self.tokens[sequence_id]
-        stop = step.num_computed_tokens + step.num_tokens
-        assert stop <= len(tokens), "a token is to be computed that nobody knows"
-        self._compute(step)
-        for position in range(step.num_computed_tokens, stop):
+        num_known, capacity = len(self.tokens[sequence_id]), self.capacities[sequence_id]
+        start, stop = step.num_computed_tokens, step.num_computed_tokens + step.num_tokens
+        if step.num_uncertain_tokens:
+            num_confirmed = min(num_known, capacity - 1) - stop
+            assert 0 <= num_confirmed <= step.num_uncertain_tokens
+            start, stop = start + num_confirmed, stop + num_confirmed
+        assert stop <= num_known, "a token is to be computed that nobody knows"
+        assert not step.max_speculative_tokens or stop == min(num_known, capacity - 1)
+        num_guesses = min(step.max_speculative_tokens, capacity - 1 - stop) - (stop % 3 == 2)
+        seed = self.seeds[sequence_id]
+        return Run(sequence_id, start, stop, [guessed_token(seed, stop + i) for i in range(num_guesses)])
+
+    def _run(self, run: Run) -> SequenceResult:
+        sequence_id, tokens = run.sequence_id, self.tokens[run.sequence_id]
+        self._compute(run)
+        for position in range(run.start, run.stop):
             self.num_recomputed_tokens += (sequence_id, position) in self._computed
             self._computed.add((sequence_id, position))
-        if stop < len(tokens):
+        if run.stop < len(tokens):
             return SequenceResult(sequence_id)
-        assert len(tokens) < self.capacities[sequence_id]
-        self._append(sequence_id, sampled_token(self.seeds[sequence_id], len(tokens)))
-        return SequenceResult(sequence_id, tokens[-1], -1.0)
+        for guess in [*run.guesses, None]:
+            assert len(tokens) < self.capacities[sequence_id]
+            self._append(sequence_id, sampled_token(self.seeds[sequence_id], len(tokens)))
+            if tokens[-1] != guess:
+                break
+        chosen = [SampledToken(token_id, -1.0) for token_id in tokens[run.stop :]]
+        return SequenceResult(sequence_id, chosen, num_speculative_tokens=len(run.guesses))
 
-    def _slots_of(self, step) -> list[int]:
-        return slots_of(self.tables[step.sequence_id], 0, step.num_computed_tokens + step.num_tokens, self.block_size)
+    def _slots_of(self, run: Run) -> list[int]:
+        return slots_of(self.tables[run.sequence_id], 0, run.stop + len(run.guesses), self.block_size)
 
-    def _compute(self, step) -> None:
-        slots = self._slots_of(step)
-        contents = self.contents[step.sequence_id]
-        for position in range(step.num_computed_tokens, len(slots)):
+    def _compute(self, run: Run) -> None:
+        slots = self._slots_of(run)
+        contents = self.contents[run.sequence_id][: run.stop]
+        for token_id in run.guesses:
+            contents.append(_content(contents[-1], token_id))
+        for position in range(run.start, len(slots)):
             self.slots[slots[position]] = contents[position]
         # Attention reads the whole context: every slot must still hold what was put there.
-        assert [self.slots.get(slot) for slot in slots] == contents[: len(slots)]
+        assert [self.slots.get(slot) for slot in slots] == contents
+
+
+def _content(before: int, token_id: int) -> int:
+    """What a slot holds: a token, and all before it."""
+    return hash((before, token_id))
 
 
 def make_sequence(

@@ -181,6 +181,7 @@ class BrosPolicy:
         if self.can_interrupt and draft.kv.num_free_blocks < draft.kv.num_reserved_blocks:
             # An interruption can take nothing from anybody.
             draft.keep_free(draft.kv.num_reserved_blocks, standing.be_victims(), step_end.for_best_effort_s)
+        draft.latest_end_s = step_end.for_all_s
         is_bound = False
         if self._options.fills or not (draft.chunks or self._rt_waiting):
             if self._options.gives_time_for_memory and standing.decoding:

@@ -34,10 +34,9 @@ class Standing:
                 standing.be_all.append(sequence)
             elif sequence.is_late:
                 standing.late_all.append(sequence)
-            num_pending_tokens = sequence.num_pending_tokens
-            if num_pending_tokens == 0 or (num_pending_tokens > 1 and sequence.num_in_flight_tokens):
+            if not sequence.is_ready:
                 continue  # its last token is in flight; or it was preempted with one
-            is_decoding = num_pending_tokens == 1
+            is_decoding = sequence.is_decoding
             if is_be:
                 (standing.be_decoding if is_decoding else standing.be_behind).append(sequence)
             elif sequence.is_late:
