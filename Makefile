@@ -12,7 +12,7 @@ FRAMEWORKS := .venv-frameworks
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak frameworks schemathesis check format format-check lint types bench bench-peers bench-kernels bench-quantisation bench-adapters bench-prefix bench-guidance eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak frameworks schemathesis check format format-check lint types bench bench-peers bench-kernels bench-quantisation bench-adapters bench-prefix bench-speculation bench-guidance eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -92,6 +92,9 @@ bench-adapters: install-dev
 
 bench-prefix: install-dev
 	$(BIN)/python -m bros_benchmarks.prefix
+
+bench-speculation: install-dev
+	$(BIN)/python -m bros_benchmarks.speculation
 
 bench-guidance: install-dev
 	$(BIN)/python -m bros_benchmarks.guidance
