@@ -69,6 +69,11 @@ class ServerUnderTest:
             self._process.kill()
             self._process.wait()
 
+    @property
+    def pid(self) -> int:
+        """The router's process."""
+        return self._process.pid
+
     def metrics(self) -> dict[str, float]:
         """Every series of `/metrics`, labels included in its name."""
         with urllib.request.urlopen(f"{self.url}/metrics", timeout=30) as reply:

@@ -31,7 +31,6 @@ from bros_benchmarks.server_under_test import ServerUnderTest
 
 _NUM_PROMPT_TOKENS: Final = 128
 _NUM_NEW_TOKENS: Final = 128
-_NUM_CLIENTS: Final = (1, 4, 16)
 _TEXTS: Final[dict[str, dict[str, Any]]] = {
     "greedy": {},
     "drawn from four": {"do_sample": True, "seed": 1, "top_k": 4},
@@ -70,6 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--speculate", type=int, default=4)
+    parser.add_argument("--clients", type=int, nargs="+", default=(1, 4, 16))
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--folder", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
@@ -89,7 +89,7 @@ def main() -> None:
     try:
         with Progress() as progress:
             for text, num_clients in progress.track(
-                [(text, num_clients) for text in _TEXTS for num_clients in _NUM_CLIENTS], description="loads"
+                [(text, num_clients) for text in _TEXTS for num_clients in options.clients], description="loads"
             ):
                 table.add_row(
                     text, str(num_clients), *_measure(plain, guessing, _TEXTS[text], num_clients, options.rounds)
