@@ -10,6 +10,9 @@ import msgspec
 from aiohttp import web
 
 _KEEP_ALIVE = b":\n\n"
+#: A write waits where 64 KiB are under way already, which is the loop's own limit: below half of that a deadline, which
+#: takes longer to set than the event to write, is not needed.
+_NEVER_BLOCKS_BELOW = 32 * 1024
 _HEADERS = {
     "Content-Type": "text/event-stream",
     "Cache-Control": "no-cache",
@@ -80,6 +83,9 @@ class EventStream:
         if transport is None:
             raise ConnectionResetError
         self._last_write_s = self._loop.time()
+        if transport.get_write_buffer_size() + len(data) < _NEVER_BLOCKS_BELOW:
+            await self.response.write(data)
+            return
         deadline = self._loop.call_later(self._write_deadline_s, transport.abort)
         try:
             await self.response.write(data)
