@@ -107,7 +107,7 @@ def test_chance_of_a_guess_follows_those_before_it_and_is_forgotten():
     after_a_miss = record.share
     assert after_a_miss < first
     assert record.num_expected(8) == 0
-    for _ in range(500):
+    for _ in range(2000):
         record.pass_by()
     assert record.share == pytest.approx(first, abs=1e-3)
     # Guesses behind the first wrong one say nothing.

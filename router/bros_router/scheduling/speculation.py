@@ -14,7 +14,7 @@ _FIRST_SHARE: Final = 0.7
 #: How much the latest guesses count.
 _GAIN: Final = 0.2
 #: How much is forgotten with each step without a guess: a text may begin to repeat itself at any time.
-_FORGETTING: Final = 0.02
+_FORGETTING: Final = 0.005
 
 
 @dataclass(slots=True)
