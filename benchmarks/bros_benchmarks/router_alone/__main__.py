@@ -29,14 +29,14 @@ from bros_benchmarks.router_alone.cores import leave_cores_of
 from bros_benchmarks.server_under_test import ServerUnderTest
 from bros_router.model_source import demo_model_path
 
-_NUM_PROMPT_TOKENS: Final = 64
+_NUM_PROMPT_WORDS: Final = 64
 _NUM_STREAMED_TOKENS: Final = 256
 _NUM_REQUESTS: Final = 500
 
 
 def prompts(generator: random.Random, count: int) -> list[list[int]]:
     """Prompts that share nothing."""
-    return [generator.choices(range(300, 4000), k=_NUM_PROMPT_TOKENS) for _ in range(count)]
+    return [generator.choices(range(300, 4000), k=_NUM_PROMPT_WORDS) for _ in range(count)]
 
 
 async def _each_ms(ask: Callable[[], Awaitable[None]]) -> list[float]:
