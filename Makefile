@@ -12,7 +12,7 @@ FRAMEWORKS := .venv-frameworks
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak frameworks schemathesis check format format-check lint types bench bench-peers bench-kernels bench-quantisation bench-adapters bench-prefix bench-speculation bench-guidance eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak frameworks schemathesis check format format-check lint types bench bench-peers bench-kernels bench-quantisation bench-adapters bench-prefix bench-speculation bench-router bench-guidance eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -95,6 +95,9 @@ bench-prefix: install-dev
 
 bench-speculation: install-dev
 	$(BIN)/python -m bros_benchmarks.speculation
+
+bench-router: install-dev
+	$(BIN)/python -m bros_benchmarks.router_alone
 
 bench-guidance: install-dev
 	$(BIN)/python -m bros_benchmarks.guidance
