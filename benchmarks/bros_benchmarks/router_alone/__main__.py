@@ -1,6 +1,7 @@
 """`make bench-router`: what the router costs, with a rank that takes no time.
 
-Streamed tokens a second with many clients at once, requests a second, and how long a request of one token takes when
+Streamed tokens a second with many clients at once, and the processor time that one takes, which says what a core could
+do however busy the machine is; requests of one token a second; and how long a request of one token takes when
 there is no other: HTTP, validation, tokenising, planning, two hops over ZeroMQ, detokenising. The router has a core to
 itself; the rank and the clients share the others. The time of a request includes the client's own, which that of
 `/health` shows.
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Final
 
 import aiohttp
+import psutil
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -70,6 +72,12 @@ async def alone_ms(url: str, generator: random.Random) -> tuple[list[float], lis
 _JSON: Final = {"Content-Type": "application/json"}
 
 
+def processor_s(process: psutil.Process) -> float:
+    """Processor time of a process so far, its own and the system's for it."""
+    times = process.cpu_times()
+    return float(times.user + times.system)
+
+
 def percentiles(values: list[float]) -> str:
     """Median and 99th percentile."""
     ordered = sorted(values)
@@ -85,20 +93,23 @@ def main() -> None:
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     generator = random.Random(0)
-    streams: dict[int, list[tuple[float, float]]] = {count: [] for count in options.clients}
+    streams: dict[int, list[tuple[float, float, float]]] = {count: [] for count in options.clients}
     program = ("-m", "bros_benchmarks.router_alone.server")
     flags = ("--disable-prefix-caching", "--max-concurrent-requests", "1024")
     with ServerUnderTest(demo_model_path(), 1, options.folder / "router.log", *flags, program=program) as server:
         leave_cores_of(server.pid)
+        router = psutil.Process(server.pid)
         health_ms, request_ms = asyncio.run(alone_ms(server.url, generator))
         with Progress() as progress:
             for _ in progress.track(range(options.rounds), description="rounds"):
                 for count, taken in streams.items():
+                    begin_s = processor_s(router)
                     load = asyncio.run(send_all(server.url, prompts(generator, count), _NUM_STREAMED_TOKENS))
+                    us_per_token = 1e6 * (processor_s(router) - begin_s) / (count * _NUM_STREAMED_TOKENS)
                     short = asyncio.run(send_all(server.url, prompts(generator, count), 1))
-                    taken.append((load.tokens_per_s, short.tokens_per_s))
+                    taken.append((load.tokens_per_s, us_per_token, short.tokens_per_s))
     console = Console(width=140)
-    table = Table("clients", "streamed tokens/s", "requests of one token/s")
+    table = Table("clients", "streamed tokens/s", "processor time of the router, µs a token", "requests of one token/s")
     for count, taken in streams.items():
         table.add_row(str(count), *(f"{statistics.median(column):,.0f}" for column in zip(*taken, strict=True)))
     console.print(table)
