@@ -153,6 +153,25 @@ def test_guided_replies_match_and_free_ones_are_what_they_were(small_server, fre
     assert num_complete >= len(grammars) // 4
 
 
+def test_hostile_grammars_end_alone(small_server):
+    ranks = [rank.pid for rank in small_server.ranks]
+    hostile = [
+        {"type": "json", "value": {"properties": {f"{n}": {} for n in range(6000)}}},
+        {"type": "json", "value": "[" * 100_000},
+        {"type": "json", "value": {"properties": {"a": {"enum": [f"{n}" for n in range(20_000)]}}}},
+        {"type": "regex", "value": "(" * 30_000},
+        {"type": "regex", "value": "(?:a|" * 300 + "b" + ")" * 300},
+    ]
+    with concurrent.futures.ThreadPoolExecutor(2 * len(hostile)) as threads:
+        refused = [threads.submit(post, small_server, "/generate", body_of(grammar, 1, 8)) for grammar in hostile]
+        digits = {"type": "regex", "value": "[0-9]{3}"}
+        served = [threads.submit(generate, small_server, digits, seed) for seed in range(len(hostile))]
+        assert [reply.result()[0] for reply in refused] == [422] * len(hostile)
+        assert all(re.fullmatch("[0-9]{3}", reply.result()["generated_text"]) for reply in served)
+    assert [rank.pid for rank in small_server.ranks] == ranks
+    assert small_server.get("/health") == ""
+
+
 def test_best_effort_guided_replies_are_the_same_however_often_they_are_preempted(small_server, eventually):
     letters = {"type": "regex", "value": "[a-z]{60}"}
     seeds = range(1, 2 * NUM_GUIDED, 2)
