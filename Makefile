@@ -12,7 +12,7 @@ FRAMEWORKS := .venv-frameworks
 # The folder `kernels/` must never be imported as Hugging Face's package of that name.
 export PYTHONSAFEPATH := 1
 
-.PHONY: install install-dev run test integration-tests soak frameworks schemathesis check format format-check lint types bench bench-peers bench-kernels bench-quantisation bench-adapters bench-prefix bench-speculation bench-router bench-guidance eval-sim eval-live eval-validate demo-model clean
+.PHONY: install install-dev run test integration-tests soak guided-corpus frameworks schemathesis check format format-check lint types bench bench-peers bench-kernels bench-quantisation bench-adapters bench-prefix bench-speculation bench-router bench-guidance eval-sim eval-live eval-validate demo-model clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev $(TGI_CLIENT)/.installed
@@ -51,6 +51,9 @@ integration-tests: install-dev
 
 soak: install-dev
 	BROS_SOAK_REQUESTS=10000 $(BIN)/python -m pytest -q -s integration-tests/test_soak.py
+
+guided-corpus: install-dev
+	BROS_GUIDED_EXAMPLES=63 $(BIN)/python -m pytest -q integration-tests/test_guidance.py -k match
 
 frameworks: install-dev $(FRAMEWORKS)/.installed
 	$(BIN)/python -m pytest -q integration-tests/test_frameworks.py
