@@ -409,7 +409,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 _machine_settings = settings(
-    max_examples=int(os.environ.get("BROS_HYPOTHESIS_EXAMPLES", "50")),
+    max_examples=int(os.environ.get("BROS_HYPOTHESIS_EXAMPLES", "30")),
     stateful_step_count=60,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow],
