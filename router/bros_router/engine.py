@@ -367,7 +367,7 @@ class StepEngine:
         self._admission.step_ended(step.plan, step.planned.rt_decode_share, now_s)
         for told in result.prompts:
             self._note_prompt(told)
-        for part in result.sequences:
+        for part in result.sequences if step.planned.guesses else ():
             if part.num_speculative_tokens:
                 self._metrics.tokens_guessed(part.num_speculative_tokens, num_accepted=len(part.tokens) - 1)
         for outcome in self._scheduler.commit(result, now_s):

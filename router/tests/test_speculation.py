@@ -9,6 +9,7 @@ from bros_router.scheduling.policies.ordered import FirstComeFirstServed
 from bros_router.scheduling.scheduler import Scheduler
 from bros_router.scheduling.speculation import GuessRecord, Speculation
 from bros_router.scheduling.step_draft import SchedulerLimits
+from bros_shard.protocol import SequenceResult
 from simulated_ranks import ExactModel, SimulatedRanks, make_sequence
 
 
@@ -123,5 +124,5 @@ def test_predicted_time_counts_the_guesses_that_are_expected():
     bench.scheduler.plan(0.0)
     step = bench.scheduler.last_step
     assert step.predicted_s == 1.5
-    assert step.shape_with({0: 3}).num_prefill_tokens == 4
-    assert step.shape_with({0: 0}).num_decode_sequences == 1
+    assert step.shape_with({0: SequenceResult(0, num_speculative_tokens=3)}).num_prefill_tokens == 4
+    assert step.shape_with({0: SequenceResult(0)}).num_decode_sequences == 1

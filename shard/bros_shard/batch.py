@@ -83,7 +83,7 @@ def build_batch(runs: Sequence[Run], pool: TokenPool, block_size: int, device: t
 
 def build_sampling_batch(batch: StepBatch, pool: TokenPool) -> SamplingBatch:
     """What the sampler must know of the N rows. The tokens before are read only where a penalty needs them."""
-    sequences = [run.sequence for run in batch.sampled for _ in range(1 + len(run.guesses))]
+    sequences = [run.sequence for run in batch.sampled for _ in range(run.num_rows)]
     num_columns = max((run.num_computed for run in batch.sampled if needs_history(run.sequence.sampling)), default=0)
     return SamplingBatch(
         [sequence.sampling for sequence in sequences],

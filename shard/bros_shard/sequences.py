@@ -71,6 +71,11 @@ class Run:
         return self.stop + len(self.guesses)
 
     @property
+    def num_rows(self) -> int:
+        """Rows of logits of a run that is sampled: behind the last known token, and behind each guess."""
+        return 1 + len(self.guesses)
+
+    @property
     def is_sampled(self) -> bool:
         """Whether the run ends at the last known token: a next one is chosen, and one after each guess."""
         return self.stop == self.sequence.num_known_tokens

@@ -30,7 +30,8 @@ def guess(runs: Iterable[Run], pool: TokenPool) -> None:
         if run.max_guesses:
             sequence = run.sequence
             run.guesses = guess_next(pool.history(sequence.row, sequence.num_known_tokens), run.max_guesses)
-            pool.write_guesses(sequence.row, run.stop, run.guesses)
+            if run.guesses:
+                pool.write_guesses(sequence.row, run.stop, run.guesses)
 
 
 def guess_next(token_ids: npt.NDArray[np.int32], num_tokens: int) -> list[int]:
@@ -69,6 +70,6 @@ def count_new_tokens(runs: Sequence[Run], token_ids: Tensor) -> list[int]:
     chosen = iter(token_ids.tolist())
     counts = []
     for run in runs:
-        of_run = [next(chosen) for _ in range(1 + len(run.guesses))]
+        of_run = [next(chosen) for _ in range(run.num_rows)]
         counts.append(1 + sum(takewhile(bool, map(eq, run.guesses, of_run))))
     return counts

@@ -232,7 +232,7 @@ class Worker:
         guess(runs, self._pool)
         batch = build_batch(runs, self._pool, self.cache.block_size, self._device)
         masks = self._guided.begin_masks(
-            [run.sequence.sequence_id for run in batch.sampled for _ in range(1 + len(run.guesses))]
+            [run.sequence.sequence_id for run in batch.sampled for _ in range(run.num_rows)]
         )
         attention = self._kernels.attention(batch.attention)
         layers = _Layers(self.cache.layers, between_layers)
@@ -287,7 +287,7 @@ class Worker:
             tokens = iter(_tokens(sampled))
             for run in batch.sampled:
                 sequence = run.sequence
-                of_run = [next(tokens) for _ in range(1 + len(run.guesses))]
+                of_run = [next(tokens) for _ in range(run.num_rows)]
                 result = _result(sequence.sequence_id, of_run[: sequence.num_known_tokens - run.stop], len(run.guesses))
                 for token in result.tokens:
                     self._guided.advance(sequence.sequence_id, token.token_id)

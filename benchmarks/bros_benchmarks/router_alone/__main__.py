@@ -34,6 +34,7 @@ from bros_router.model_source import demo_model_path
 _NUM_PROMPT_WORDS: Final = 64
 _NUM_STREAMED_TOKENS: Final = 256
 _NUM_REQUESTS: Final = 500
+_JSON: Final = {"Content-Type": "application/json"}
 
 
 def prompts(generator: random.Random, count: int) -> list[list[int]]:
@@ -67,9 +68,6 @@ async def alone_ms(url: str, generator: random.Random) -> tuple[list[float], lis
                 await reply.read()
 
         return await _each_ms(health), await _each_ms(generate)
-
-
-_JSON: Final = {"Content-Type": "application/json"}
 
 
 def processor_s(process: psutil.Process) -> float:

@@ -20,7 +20,7 @@ from bros_router.scheduling.latency_model import LatencyModel
 from bros_router.scheduling.policies.policy import Policy
 from bros_router.scheduling.sequence import Sequence, SequenceState
 from bros_router.scheduling.speculation import Speculation
-from bros_router.scheduling.step_draft import Guesses, SchedulerLimits, StepDraft
+from bros_router.scheduling.step_draft import NO_GUESSES, Guesses, SchedulerLimits, StepDraft
 from bros_shard.protocol import (
     NewSequence,
     RankedToken,
@@ -81,11 +81,14 @@ class StepInFlight:
     shape_without_guesses: StepShape
     guesses: dict[int, Guesses]
 
-    def shape_with(self, num_guesses: dict[int, int]) -> StepShape:
-        """What it turned out to be, given how many tokens were guessed for which sequence."""
+    def shape_with(self, results: dict[int, SequenceResult]) -> StepShape:
+        """What it turned out to be, given what it gave each sequence: that tells how many tokens were guessed."""
         shape = self.shape_without_guesses
         for sequence_id, guesses in self.guesses.items():
-            shape = shape.with_sequence(guesses.num_computed_tokens, 1 + num_guesses.get(sequence_id, 0))
+            result = results.get(sequence_id)
+            shape = shape.with_sequence(
+                guesses.num_computed_tokens, 1 + (result.num_speculative_tokens if result else 0)
+            )
         return shape
 
     def spare_s(self, end_s: float, bound_s: float) -> float:
@@ -316,9 +319,7 @@ class Scheduler:
         step = self._take_step(result, now_s)
         results = {part.sequence_id: part for part in result.sequences}
         if step.sampled or step.shape.num_prefill_tokens:
-            num_guesses = {sequence_id: part.num_speculative_tokens for sequence_id, part in results.items()}
-            shape = step.shape_with(num_guesses) if step.guesses else step.shape
-            self._latency_model.observe(shape, result.step_s)
+            self._latency_model.observe(step.shape_with(results), result.step_s)
         outcomes: list[Outcome] = []
         for sequence in step.sampled:
             outcomes += self._commit(sequence, results.get(sequence.sequence_id), step, now_s)
@@ -329,8 +330,7 @@ class Scheduler:
     ) -> Iterator[Outcome]:
         """What a step gave one of its sequences; nothing where that has ended."""
         sequence.num_in_flight_tokens -= 1
-        guesses = step.guesses.get(sequence.sequence_id)
-        num_allowed = guesses.num_allowed if guesses else 0
+        num_allowed = step.guesses.get(sequence.sequence_id, NO_GUESSES).num_allowed
         sequence.num_uncertain_tokens -= num_allowed
         is_stalled = sequence.is_stalled
         if sequence.num_in_flight_tokens == 0:
@@ -409,8 +409,7 @@ class Scheduler:
                 new_sequences.append(self._introduce(sequence, draft.now_s))
             num_computed_tokens = sequence.num_computed_tokens
             first_changed_index, entries = self._kv.take_changes(sequence.sequence_id)
-            guesses = draft.guesses.get(sequence.sequence_id)
-            num_guesses = guesses.num_allowed if guesses else 0
+            num_guesses = draft.guesses.get(sequence.sequence_id, NO_GUESSES).num_allowed
             steps.append(
                 SequenceStep(
                     sequence.sequence_id,

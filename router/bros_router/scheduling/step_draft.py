@@ -44,6 +44,10 @@ class Guesses(NamedTuple):
     num_expected: int
 
 
+#: For sequences that nothing is guessed for.
+NO_GUESSES: Final = Guesses(0, 0, 0)
+
+
 class StepDraft:
     """A step on its way to a `StepPlan`. Every action takes effect at once, so ask first: there is no undo.
 
