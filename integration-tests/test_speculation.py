@@ -58,8 +58,8 @@ def test_replies_are_the_same_with_guesses_and_without(server, guessing_server):
     with concurrent.futures.ThreadPoolExecutor(12) as threads:
         expected = [*threads.map(generate, itertools.repeat(server), prompts, classes, wishes)]
         assert [*threads.map(generate, itertools.repeat(guessing_server), prompts, classes, wishes)] == expected
-    num_tokens = sum(len(reply["details"]["tokens"]) for reply in expected)
-    assert guessing_server.metric(ACCEPTED) > num_tokens // 10
+    # How many are allowed beside others depends on how long steps take on this machine.
+    assert guessing_server.metric(ACCEPTED) > 0
     assert guessing_server.metric(REJECTED) > 0
     assert guessing_server.metric("tgi_request_skipped_tokens_sum") == guessing_server.metric(ACCEPTED)
     assert server.metric(ACCEPTED) == 0
@@ -68,10 +68,11 @@ def test_replies_are_the_same_with_guesses_and_without(server, guessing_server):
 def test_a_text_that_repeats_itself_takes_fewer_steps(guessing_server):
     prompt = "a = 1\nb = 2\nc = 3\n" * 6
     steps = 'tgi_batch_inference_count{method="decode"}'
-    num_steps = guessing_server.metric(steps)
+    num_steps, num_accepted = guessing_server.metric(steps), guessing_server.metric(ACCEPTED)
     reply = generate(guessing_server, prompt, "rt", {"max_new_tokens": 120, "ignore_eos": True})
     assert len(reply["details"]["tokens"]) == 120
     assert guessing_server.metric(steps) - num_steps < 80
+    assert guessing_server.metric(ACCEPTED) - num_accepted > 12
 
 
 def test_guided_replies_are_not_guessed(guessing_server):
